@@ -1,0 +1,115 @@
+"""Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong value is an error that names the nearest right one."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from diptych.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def to_json(record: Any) -> Any:
+    """Return plain JSON values; dataclasses carry their class name under `kind`, so that unions can be read back."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        values = {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        return {"kind": type(record).__name__, **values}
+    if isinstance(record, (tuple, list)):
+        return [to_json(item) for item in record]
+    if isinstance(record, Mapping):
+        return {key: to_json(value) for key, value in record.items()}
+    return str(record) if isinstance(record, Path) else record
+
+
+def from_json(cls: type[T], value: Any, *, where: str = "") -> T:
+    """Return the dataclass that `to_json` wrote, or that a user wrote by hand; absent keys keep their defaults.
+
+    Args:
+        cls: Dataclass, or any annotation that a dataclass field may have.
+        value: Plain JSON values.
+        where: Dotted path of `value`, for messages.
+
+    Raises:
+        ConfigError: With the nearest known key or the allowed values.
+    """
+    return typing.cast(T, _read(cls, value, where or getattr(cls, "__name__", "value")))
+
+
+def override(record: T, changes: Mapping[str, Any]) -> T:
+    """Return a copy of a dataclass with some keys changed; nested mappings reach nested dataclasses, unknown keys are errors."""
+    return from_json(type(record), _merge(to_json(record), changes))
+
+
+def fingerprint(record: Any) -> str:
+    """Return 16 hex digits that change when any value of the record does."""
+    return hashlib.blake2b(json.dumps(to_json(record), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _merge(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, Mapping)) or new.get("kind", old.get("kind")) != old.get("kind"):
+        return new
+    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
+
+
+def _read(annotation: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _read_dataclass(annotation, value, where)
+    if origin in (Union, types.UnionType):
+        return _read_union(arguments, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where} is {value!r}. {nearest(str(value), map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} takes a list, not {value!r}.")
+        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) != len(value):
+            raise ConfigError(f"{where} takes {len(inner)} values, not {len(value)}.")
+        return tuple(
+            _read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(inner, value, strict=True))
+        )
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if annotation is Path and isinstance(value, str):
+        return Path(value)
+    plain = origin or annotation
+    if plain is not Any and (not isinstance(value, plain) or (plain in (int, float) and isinstance(value, bool))):
+        raise ConfigError(f"{where} takes {getattr(plain, '__name__', plain)}, not {value!r}.")
+    return value
+
+
+def _read_dataclass(cls: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} takes a mapping of keys, not {value!r}.")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in value:
+        if key not in names and key != "kind":
+            raise ConfigError(f"{where} has no key {key!r}. {nearest(key, names)}")
+    return cls(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names if name in value})
+
+
+def _read_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    choices = [choice for choice in arguments if choice is not type(None)]
+    if isinstance(value, Mapping) and len(choices) > 1:
+        named = {choice.__name__: choice for choice in choices}
+        if value.get("kind") not in named:
+            raise ConfigError(
+                f"{where} needs a `kind`; it has {value.get('kind')!r}. {nearest(str(value.get('kind')), named)}"
+            )
+        return _read(named[value["kind"]], value, where)
+    for choice in choices[:-1]:
+        try:
+            return _read(choice, value, where)
+        except ConfigError:
+            continue
+    return _read(choices[-1], value, where)

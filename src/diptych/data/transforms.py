@@ -1,0 +1,113 @@
+"""From a decoded image to the uint8 square a tower expects, exactly (evaluation) or with augmentation (training)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """How images become tensors. Travels inside every checkpoint.
+
+    Attributes:
+        size: Side of the square, pixels.
+        resize: `crop` resizes the short side to size / crop_fraction and cuts the centre; `squash` ignores the aspect ratio;
+            `pad` resizes the long side and fills with `background`.
+        crop_fraction: Share of the resized short side that the centre crop keeps, in (0, 1]. Only `crop` uses it.
+        interpolation: Always antialiased: resizing is Pillow's.
+        mean: Per channel, subtracted from pixels in [0, 1] by the model's first op.
+        std: Per channel, divided by.
+        background: RGB behind transparent pixels and around padded images, 0 to 255.
+    """
+
+    size: int = 64
+    resize: Literal["crop", "squash", "pad"] = "crop"
+    crop_fraction: float = 1.0
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    background: tuple[int, int, int] = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of a training image. The defaults change nothing.
+
+    Attributes:
+        crop_scale: Range of the share of the area that a random crop keeps, in (0, 1]; (1, 1) keeps the evaluation path.
+        crop_ratio: Range of the crop's aspect ratio, width / height.
+        flip_rate: Probability of a left-right flip. Leave 0 where captions speak of left and right.
+        jitter: Brightness, contrast and saturation factors are drawn from [1 - jitter, 1 + jitter].
+        gray_rate: Probability of dropping colour.
+    """
+
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip_rate: float = 0.0
+    jitter: float = 0.0
+    gray_rate: float = 0.0
+
+
+def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size size"]:
+    """Return the deterministic view of an RGB image that evaluation uses."""
+    size, resampling = policy.size, _RESAMPLING[policy.interpolation]
+    if image.size == (size, size) and policy.crop_fraction == 1:
+        return to_tensor(image)
+    if policy.resize == "squash":
+        return to_tensor(image.resize((size, size), resampling))
+    if policy.resize == "pad":
+        return to_tensor(ImageOps.pad(image, (size, size), resampling, color=policy.background))
+    width, height = image.size
+    # Same order of rounding as torchvision: the short side is exact, the long side truncated, the crop offset rounded.
+    short = round(size / policy.crop_fraction)
+    width, height = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return to_tensor(image.resize((width, height), resampling).crop((left, top, left + size, top + size)))
+
+
+def augment(
+    image: Image.Image, policy: ImagePolicy, change: Augment, rng: np.random.Generator
+) -> UInt8[Tensor, "3 size size"]:
+    """Return a random view of an RGB image; equals `preprocess` when `change` is `Augment()`."""
+    if change.crop_scale != (1.0, 1.0):
+        box = random_box(image.size, change, rng)
+        image = image.resize((policy.size, policy.size), _RESAMPLING[policy.interpolation], box=box)
+    if rng.random() < change.flip_rate:
+        image = ImageOps.mirror(image)
+    if change.jitter > 0:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(1 + change.jitter * rng.uniform(-1, 1))
+    if rng.random() < change.gray_rate:
+        image = ImageOps.grayscale(image).convert("RGB")
+    return preprocess(image, policy)
+
+
+def random_box(size: tuple[int, int], change: Augment, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """Return (x0, y0, x1, y1) of a random crop inside an image of (width, height), in pixels, not rounded.
+
+    The aspect ratio is drawn log-uniformly and the crop is shrunk where it would stick out, so one draw always suffices.
+    """
+    width, height = size
+    area = width * height * rng.uniform(*change.crop_scale)
+    ratio = math.exp(rng.uniform(*map(math.log, change.crop_ratio)))
+    w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+    x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return x, y, min(x + w, width), min(y + h, height)
+
+
+def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    """Return the pixels of an RGB image, channels first."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

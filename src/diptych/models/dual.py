@@ -1,0 +1,112 @@
+"""The dual encoder: two towers, two heads, one scale, and the preprocessing it was trained with."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diptych.data.tokenizer import Tokenizer
+from diptych.data.transforms import ImagePolicy
+from diptych.models.text import AbstractTextTower
+from diptych.models.vision import AbstractVisionTower
+from diptych.types import Tokens, TowerOutput
+
+TowerMode = Literal["frozen", "full", "lora"]
+"""`frozen` trains nothing of a tower, `full` everything, `lora` low-rank updates of its attention (extra `hf`)."""
+
+MAX_LOG_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """How cosines become logits: logits = exp(log_scale) * cosine + bias.
+
+    Attributes:
+        log_scale: Start value; CLIP log(1 / 0.07), SigLIP log(10).
+        bias: Start value, or None for none; SigLIP -10.
+    """
+
+    log_scale: float = math.log(1 / 0.07)
+    bias: float | None = None
+
+
+class DualEncoder(nn.Module):
+    """Two towers and their heads. Embeddings are always L2-normalised fp32.
+
+    Attributes:
+        vision: Image tower.
+        text: Text tower.
+        image_head: Maps the image tower's output record to [b, d].
+        text_head: Maps the text tower's output record to [b, d].
+        log_scale: Learnt log of 1 / temperature; use `scale`, which is clamped.
+        bias: Learnt logit bias, or None.
+        image_policy: Preprocessing of images.
+        tokenizer: Preprocessing of texts.
+    """
+
+    def __init__(
+        self,
+        vision: AbstractVisionTower,
+        text: AbstractTextTower,
+        image_head: nn.Module,
+        text_head: nn.Module,
+        *,
+        scale: ScaleConfig,
+        image_policy: ImagePolicy,
+        tokenizer: Tokenizer,
+    ) -> None:
+        super().__init__()
+        self.vision, self.text = vision, text
+        self.image_head, self.text_head = image_head, text_head
+        self.log_scale = nn.Parameter(torch.tensor(scale.log_scale))
+        self.bias = None if scale.bias is None else nn.Parameter(torch.tensor(scale.bias))
+        self.image_policy, self.tokenizer = image_policy, tokenizer
+        self.register_buffer("mean", torch.tensor(image_policy.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(image_policy.std)[:, None, None], persistent=False)
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """Return 1 / temperature, at most 100."""
+        return self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the model is."""
+        return self.log_scale.device
+
+    def pixels(self, images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Return normalised pixels from uint8 images, or from float images in [0, 1] (for gradients with respect to the input)."""
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return (images - self.mean) / self.std  # type: ignore[operator]
+
+    def encode_image(self, images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Return image embeddings."""
+        return normalise(self.image_head(self.vision(self.pixels(images))))
+
+    def encode_text(self, tokens: Tokens) -> Float[Tensor, "b d"]:
+        """Return text embeddings."""
+        return normalise(self.text_head(self.text(tokens.ids, tokens.mask)))
+
+
+class LinearHead(nn.Module):
+    """Projects the pooled vector; the identity when `dim` is None."""
+
+    def __init__(self, width: int, dim: int | None, *, bias: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Identity() if dim is None else nn.Linear(width, dim, bias=bias)
+        if isinstance(self.linear, nn.Linear):
+            nn.init.normal_(self.linear.weight, std=width**-0.5)
+
+    def forward(self, output: TowerOutput) -> Float[Tensor, "b d"]:
+        """Return the projected pooled vector, not yet normalised."""
+        return self.linear(output.pooled)  # type: ignore[no-any-return]
+
+
+def normalise(x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    """Return fp32 vectors of length 1."""
+    return F.normalize(x.float(), dim=-1)

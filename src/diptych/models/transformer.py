@@ -1,0 +1,148 @@
+"""The pre-norm transformer that both of our towers stand on. Query, key, value and output are separate Linear layers."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation, elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+def make_activation(name: Activation) -> nn.Module:
+    """Return the activation module of that name."""
+    return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU()}[name]
+
+
+class Attention(nn.Module):
+    """Multi-head attention through `scaled_dot_product_attention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def split(self, x: Float[Tensor, "b s w"]) -> Float[Tensor, "b heads s c"]:
+        """Return the stream cut into heads."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(
+        self, query: Float[Tensor, "b q w"], context: Float[Tensor, "b s w"], mask: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b q w"]:
+        """Return attended values; `mask` is True where looking is allowed."""
+        q, k, v = self.split(self.query(query)), self.split(self.key(context)), self.split(self.value(context))
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def probabilities(
+        self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b heads s s"]:
+        """Return softmax(q k^T / sqrt(c)), which `forward` never materialises."""
+        q, k = self.split(self.query(x)), self.split(self.key(x))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1)
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.activation = make_activation(activation)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the stream's update."""
+        return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, *, activation: Activation, epsilon: float) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width, epsilon)
+        self.attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width, epsilon)
+        self.mlp = MLP(width, mlp_width, activation)
+
+    def forward(self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "b s w"]:
+        """Return the stream after this block."""
+        normed = self.norm_attention(x)
+        x = x + self.attention(normed, normed, mask)
+        return x + self.mlp(self.norm_mlp(x))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(
+        self, width: int, depth: int, heads: int, mlp_width: int, *, activation: Activation, epsilon: float
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_width, activation=activation, epsilon=epsilon) for _ in range(depth)
+        )
+        self._initialise(width, depth)
+
+    def _initialise(self, width: int, depth: int) -> None:
+        """Draw the weights as CLIP does: writes into the residual stream shrink with depth."""
+        into_stream = width**-0.5 * (2 * depth) ** -0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in (block.attention.query, block.attention.key, block.attention.value):
+                nn.init.normal_(linear.weight, std=width**-0.5)
+            nn.init.normal_(block.attention.out.weight, std=into_stream)
+            nn.init.normal_(block.mlp.up.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.down.weight, std=into_stream)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b s w"],
+        mask: Bool[Tensor, "..."] | None = None,
+        *,
+        layers: Sequence[int] = (),
+        attention: Sequence[int] = (),
+    ) -> tuple[Float[Tensor, "b s w"], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the stream, its value after each block in `layers`, and the attention of each block in `attention`."""
+        streams: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
+        for depth, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            if depth in attention:
+                maps[depth] = block.attention.probabilities(block.norm_attention(x), mask)
+            x = block(x, mask)
+            if depth in layers:
+                streams[depth] = x
+        return x, tuple(streams[i] for i in layers), tuple(maps[i] for i in attention)
+
+
+class AttentionPool(nn.Module):
+    """One learnt query attends to all positions, then an MLP with residual (SigLIP's MAP head)."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, *, activation: Activation, epsilon: float) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.attention = Attention(width, heads)
+        self.norm = nn.LayerNorm(width, epsilon)
+        self.mlp = MLP(width, mlp_width, activation)
+
+    def forward(self, x: Float[Tensor, "b s w"]) -> Float[Tensor, "b w"]:
+        """Return one vector per sample."""
+        pooled = self.attention(self.probe.to(x.dtype).expand(len(x), 1, -1), x)
+        return (pooled + self.mlp(self.norm(pooled)))[:, 0]  # type: ignore[no-any-return]

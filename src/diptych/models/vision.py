@@ -1,0 +1,115 @@
+"""Image towers. One call, one record: `TowerOutput`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diptych.errors import ConfigError
+from diptych.models.transformer import Activation, AttentionPool, Transformer
+from diptych.types import TowerOutput
+
+
+class AbstractVisionTower(nn.Module, ABC):
+    """Turns normalised pixels into one vector and a grid of patches.
+
+    Attributes:
+        width: Size of the pooled vector and of the patches.
+    """
+
+    width: int
+
+    @abstractmethod
+    def forward(
+        self, pixels: Float[Tensor, "b 3 h w"], *, layers: Sequence[int] = (), attention: Sequence[int] = ()
+    ) -> TowerOutput:
+        """Return pooled vector and patches, and the residual stream or attention of the layers asked for (0 is the first block)."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Our vision transformer. Covers CLIP (class token, norm before) and SigLIP (attention pooling) exactly.
+
+    Attributes:
+        image_size: Side of the square input, pixels.
+        patch_size: Side of a patch, pixels; divides `image_size`.
+        width: Residual stream.
+        depth: Number of blocks.
+        heads: Attention heads; divides `width`.
+        mlp_width: Hidden units of each block's MLP.
+        pool: `class` takes the class token, `mean` averages the patches, `attention` learns a query (SigLIP's MAP head).
+        norm_before: LayerNorm between position embedding and first block (CLIP).
+        patch_bias: Bias in the patch embedding.
+        activation: Of the MLPs.
+        epsilon: Of every LayerNorm.
+    """
+
+    image_size: int = 64
+    patch_size: int = 8
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    mlp_width: int = 512
+    pool: Literal["class", "mean", "attention"] = "class"
+    norm_before: bool = True
+    patch_bias: bool = False
+    activation: Activation = "gelu"
+    epsilon: float = 1e-5
+
+
+class VisionTransformer(AbstractVisionTower):
+    """ViT (Dosovitskiy et al. 2021) with the variations of `VisionConfig`."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        if config.image_size % config.patch_size:
+            raise ConfigError(f"image_size {config.image_size} must be a multiple of patch_size {config.patch_size}.")
+        self.config = config
+        self.width = config.width
+        self.side = config.image_size // config.patch_size
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
+        has_class = config.pool == "class"
+        self.class_token = nn.Parameter(torch.randn(config.width) * config.width**-0.5) if has_class else None
+        self.position = nn.Parameter(torch.randn(self.side**2 + has_class, config.width) * config.width**-0.5)
+        self.norm_before = nn.LayerNorm(config.width, config.epsilon) if config.norm_before else nn.Identity()
+        self.transformer = Transformer(
+            config.width,
+            config.depth,
+            config.heads,
+            config.mlp_width,
+            activation=config.activation,
+            epsilon=config.epsilon,
+        )
+        self.norm_after = nn.LayerNorm(config.width, config.epsilon)
+        pooling = config.pool == "attention"
+        self.attention_pool = (
+            AttentionPool(
+                config.width, config.heads, config.mlp_width, activation=config.activation, epsilon=config.epsilon
+            )
+            if pooling
+            else None
+        )
+
+    def forward(
+        self, pixels: Float[Tensor, "b 3 h w"], *, layers: Sequence[int] = (), attention: Sequence[int] = ()
+    ) -> TowerOutput:
+        """Return pooled vector and patches; see `AbstractVisionTower`."""
+        # patches_bpw
+        stream = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            stream = torch.cat([self.class_token.to(stream.dtype).expand(len(stream), 1, -1), stream], dim=1)
+        stream = self.norm_before(stream + self.position)
+        stream, kept, maps = self.transformer(stream, layers=layers, attention=attention)
+        # Patches come out before the last norm is applied by CLIP; CLIP norms the class token only, but dense uses want normed patches.
+        stream = self.norm_after(stream)
+        if self.class_token is not None:
+            pooled, patches = stream[:, 0], stream[:, 1:]
+        elif self.attention_pool is not None:
+            pooled, patches = self.attention_pool(stream), stream
+        else:
+            pooled, patches = stream.mean(dim=1), stream
+        return TowerOutput(pooled, patches, grid=(self.side, self.side), layers=kept, attention=maps)

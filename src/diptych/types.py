@@ -1,0 +1,232 @@
+"""The records that cross module borders. All are frozen; none knows how to do anything but describe itself.
+
+Letters in shapes: b local batch, n global batch, d embedding, w tower width, p patches, t tokens, v views, k texts per image, r regions.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+Role = Literal["caption", "translation", "rewrite", "synthetic", "hard_negative", "label"]
+"""What a text is to its image. `hard_negative` is the only role that does not describe the image."""
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text of a sample.
+
+    Attributes:
+        text: The string as it stands in the source.
+        role: What it is to the image.
+        language: ISO 639-1 code, or None when unknown.
+    """
+
+    text: str
+    role: Role = "caption"
+    language: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One object in an image.
+
+    Attributes:
+        box: (x0, y0, x1, y1) in pixels of the image, x1 and y1 exclusive.
+        phrase: Words that name the object.
+        attributes: For example {"tint": "red", "count": 2}.
+    """
+
+    box: tuple[float, float, float, float]
+    phrase: str
+    attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its texts, before any preprocessing.
+
+    Attributes:
+        key: Unique inside its source and stable between runs.
+        image: Encoded bytes (JPEG, PNG, ...), or uint8 pixels [h, w, 3], or None for text alone.
+        texts: All texts of the image, in the order of the source.
+        group: Samples with one group are positives of each other; the key when the source names none.
+        label: Class name, for classification sources.
+        domain: Style or origin, for domain-shift sources.
+        regions: Objects with boxes, if known.
+        mask: uint8 [h, w], 0 background, i + 1 for pixels of `regions[i]`.
+        relations: (subject region, predicate, object region) triples.
+        twin: Key of the sample that differs from this one in a single factor.
+    """
+
+    key: str
+    image: bytes | np.ndarray | None
+    texts: tuple[Text, ...]
+    group: str
+    label: str | None = None
+    domain: str | None = None
+    regions: tuple[Region, ...] = ()
+    mask: np.ndarray | None = None
+    relations: tuple[tuple[int, str, int], ...] = ()
+    twin: str | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenised text per sample.
+
+    Attributes:
+        ids: Token ids, padded.
+        mask: True at real tokens.
+        key: Hash of the string; equal keys are equal strings, hence positives.
+    """
+
+    ids: Int64[Tensor, "b t"]
+    mask: Bool[Tensor, "b t"]
+    key: Int64[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loader hands to an objective.
+
+    Attributes:
+        keys: Sample keys.
+        images: One tensor per view; view 0 is the main one. Views may differ in size. Still uint8: the model's first op makes them float.
+        texts: One record per text column; column 0 is the main one.
+        group: Hash of the sample's group; equal values are positives.
+    """
+
+    keys: tuple[str, ...]
+    images: tuple[UInt8[Tensor, "b 3 _h _w"], ...]
+    texts: tuple[Tokens, ...]
+    group: Int64[Tensor, " b"]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    """What every tower returns from its one call.
+
+    Attributes:
+        pooled: One vector per sample, before the projection head.
+        tokens: Patches in row order (no class token), or text tokens. None for towers that have none.
+        mask: True at real tokens; None when all are real.
+        grid: (rows, columns) of the patches; None for text.
+        layers: The residual stream after each layer asked for, class token included, in the order asked.
+        attention: Attention probabilities of each layer asked for.
+    """
+
+    pooled: Float[Tensor, "b w"]
+    tokens: Float[Tensor, "b t w"] | None = None
+    mask: Bool[Tensor, "b t"] | None = None
+    grid: tuple[int, int] | None = None
+    layers: tuple[Float[Tensor, "b s w"], ...] = ()
+    attention: tuple[Float[Tensor, "b heads s s"], ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Base of what an objective's `encode` returns.
+
+    Every tensor in it, at any depth, has the samples along dimension 0. That is all the loop needs to cut a batch into chunks,
+    to gather it across processes and to cache gradients; what the tensors mean is between `encode` and `loss`.
+    """
+
+
+@dataclass(frozen=True)
+class PairEmbeddings(Encoded):
+    """L2-normalised embeddings of both sides.
+
+    Attributes:
+        images: One [b, d] tensor per view.
+        texts: One [b, d] tensor per text column.
+    """
+
+    images: tuple[Float[Tensor, "b d"], ...]
+    texts: tuple[Float[Tensor, "b d"], ...]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A loss and the parts it was summed from.
+
+    Attributes:
+        total: What is differentiated.
+        parts: Unweighted parts by name, for the log.
+    """
+
+    total: Float[Tensor, ""]
+    parts: Mapping[str, Float[Tensor, ""]]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A measured value with its 95 % bootstrap interval.
+
+    Attributes:
+        value: The point estimate.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a measurement leaves behind: names, numbers with intervals, and how they came about.
+
+    Attributes:
+        title: One line.
+        metrics: Values by name.
+        settings: Everything needed to repeat the measurement, for example prompt hashes.
+        notes: Plain sentences for the reader.
+    """
+
+    title: str
+    metrics: Mapping[str, Interval]
+    settings: Mapping[str, str | int | float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def map_tensors(function: Callable[[Tensor], Any], record: Record) -> Record:
+    """Return a copy of `record` with `function` applied to every tensor in it, through nested records and tuples."""
+    if isinstance(record, Tensor):
+        return function(record)  # type: ignore[no-any-return]
+    if isinstance(record, tuple):
+        return tuple(map_tensors(function, item) for item in record)  # type: ignore[return-value]
+    if is_dataclass(record) and not isinstance(record, type):
+        return replace(record, **{f.name: map_tensors(function, getattr(record, f.name)) for f in fields(record)})  # type: ignore[return-value]
+    return record
+
+
+def concatenate(records: list[Record]) -> Record:
+    """Return one record whose tensors are those of `records` joined along dimension 0; inverse of cutting a batch into chunks."""
+    first = records[0]
+    if isinstance(first, Tensor):
+        return torch.cat(records)  # type: ignore[arg-type, return-value]
+    if isinstance(first, tuple):
+        return tuple(concatenate(list(items)) for items in zip(*records, strict=True))  # type: ignore[arg-type, return-value]
+    if is_dataclass(first) and not isinstance(first, type):
+        joined = {f.name: concatenate([getattr(r, f.name) for r in records]) for f in fields(first)}
+        return replace(first, **joined)  # type: ignore[return-value]
+    return first
+
+
+def rows(batch: Batch, start: int, stop: int) -> Batch:
+    """Return samples `start` to `stop` of a batch."""
+    return replace(map_tensors(lambda tensor: tensor[start:stop], batch), keys=batch.keys[start:stop])
