@@ -101,12 +101,14 @@ class Batch:
         images: One tensor per view; view 0 is the main one. Views may differ in size. Still uint8: the model's first op makes them float.
         texts: One record per text column; column 0 is the main one.
         group: Hash of the sample's group; equal values are positives.
+        skipped: Why samples that belonged here were left out, one sentence each.
     """
 
     keys: tuple[str, ...]
     images: tuple[UInt8[Tensor, "b 3 _h _w"], ...]
     texts: tuple[Tokens, ...]
     group: Int64[Tensor, " b"]
+    skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -204,13 +206,15 @@ class Report:
 
 
 def map_tensors(function: Callable[[Tensor], Any], record: Record) -> Record:
-    """Return a copy of `record` with `function` applied to every tensor in it, through nested records and tuples."""
+    """Return a copy of `record` with `function` applied to every tensor in it, through nested records, tuples and mappings."""
     if isinstance(record, Tensor):
         return function(record)  # type: ignore[no-any-return]
     if isinstance(record, tuple):
         return tuple(map_tensors(function, item) for item in record)  # type: ignore[return-value]
+    if isinstance(record, Mapping):
+        return {key: map_tensors(function, value) for key, value in record.items()}  # type: ignore[return-value]
     if is_dataclass(record) and not isinstance(record, type):
-        return replace(record, **{f.name: map_tensors(function, getattr(record, f.name)) for f in fields(record)})  # type: ignore[return-value]
+        return replace(record, **{f.name: map_tensors(function, getattr(record, f.name)) for f in fields(record)})
     return record
 
 
@@ -220,10 +224,10 @@ def concatenate(records: list[Record]) -> Record:
     if isinstance(first, Tensor):
         return torch.cat(records)  # type: ignore[arg-type, return-value]
     if isinstance(first, tuple):
-        return tuple(concatenate(list(items)) for items in zip(*records, strict=True))  # type: ignore[arg-type, return-value]
+        return tuple(concatenate(list(items)) for items in zip(*records, strict=True))  # type: ignore[return-value]
     if is_dataclass(first) and not isinstance(first, type):
         joined = {f.name: concatenate([getattr(r, f.name) for r in records]) for f in fields(first)}
-        return replace(first, **joined)  # type: ignore[return-value]
+        return replace(first, **joined)
     return first
 
 

@@ -22,7 +22,7 @@ class TextPolicy:
 
     Attributes:
         length: Longest sequence, special tokens included; longer texts are cut, their end token kept.
-        clean: `whitespace` folds white space; `lower` also unescapes HTML and lower-cases (OpenAI CLIP);
+        clean: `whitespace` folds white space; `lower` also unescapes HTML, straightens quotes and lower-cases (CLIP);
             `canonicalize` lower-cases and drops punctuation (SigLIP).
         begin: Id put first, or None.
         end: Id put last, or None.
@@ -32,8 +32,8 @@ class TextPolicy:
 
     length: int = 32
     clean: Literal["whitespace", "lower", "canonicalize"] = "whitespace"
-    begin: int | None = 1
-    end: int | None = 2
+    begin: int | None = 2
+    end: int | None = 1
     pad: int = 0
     pad_to: Literal["longest", "length"] = "longest"
 
@@ -55,7 +55,7 @@ class Tokenizer:
     def clean(self, text: str) -> str:
         """Return the text as the tokenizer will see it."""
         if self.policy.clean == "lower":
-            text = html.unescape(html.unescape(text)).lower()
+            text = html.unescape(html.unescape(text)).translate(_STRAIGHT_QUOTES).lower()
         elif self.policy.clean == "canonicalize":
             text = text.replace("_", " ").translate(_NO_PUNCTUATION).lower()
         return re.sub(r"\s+", " ", text).strip()
@@ -86,10 +86,11 @@ class Tokenizer:
     def _encode(self, texts: Sequence[str]) -> list:  # type: ignore[type-arg]  # tokenizers.Encoding is untyped
         cleaned = [self.clean(text) for text in texts]
         if "" in cleaned:
+            row = cleaned.index("")
             raise TextError(
-                f"Text number {cleaned.index('')} of {len(texts)} is empty ({texts[cleaned.index('')]!r}). Give every text at least one word, or drop the row."
+                f"Text {row} of {len(texts)} is empty ({texts[row]!r}). Give every text a word, or drop the row."
             )
-        return self.engine.encode_batch(cleaned, add_special_tokens=False)  # type: ignore[no-any-return]
+        return self.engine.encode_batch(cleaned, add_special_tokens=False)
 
     def to_json(self) -> str:
         """Return the engine as the text of a tokenizer.json."""
@@ -115,7 +116,8 @@ class Tokenizer:
         engine.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary,
-            special_tokens=["<pad>", "<begin>", "<end>"],
+            # The end is not id 2: transformers' CLIP takes that id for a sign of its own first release.
+            special_tokens=["<pad>", "<end>", "<begin>"],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -123,6 +125,7 @@ class Tokenizer:
         return cls(engine, TextPolicy(length=length))
 
 
+_STRAIGHT_QUOTES = str.maketrans("‘’‚‛“”„‟", "'" * 4 + '"' * 4)
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 

@@ -102,7 +102,7 @@ def random_box(size: tuple[int, int], change: Augment, rng: np.random.Generator)
     """
     width, height = size
     area = width * height * rng.uniform(*change.crop_scale)
-    ratio = math.exp(rng.uniform(*map(math.log, change.crop_ratio)))
+    ratio = math.exp(rng.uniform(math.log(change.crop_ratio[0]), math.log(change.crop_ratio[1])))
     w, h = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
     x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
     return x, y, min(x + w, width), min(y + h, height)

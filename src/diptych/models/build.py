@@ -1,38 +1,25 @@
 """A model as a configuration: what `model.json` holds, and how it becomes modules again."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import nn
 
 from diptych.data.tokenizer import TextPolicy, Tokenizer
 from diptych.data.transforms import ImagePolicy
-from diptych.models.dual import DualEncoder, LinearHead, ScaleConfig
+from diptych.models.dual import DualEncoder, ScaleConfig
+from diptych.models.foreign import HFTextConfig, HFTextTower, TimmConfig, TimmTower
+from diptych.models.heads import ClassMixtureHead, ClassMixtureHeadConfig, LinearHead, LinearHeadConfig
 from diptych.models.text import AbstractTextTower, TextConfig, TextTransformer
 from diptych.models.vision import AbstractVisionTower, VisionConfig, VisionTransformer
-
-
-@dataclass(frozen=True)
-class LinearHeadConfig:
-    """A projection of the pooled vector.
-
-    Attributes:
-        dim: Embedding size, or None for no projection.
-        bias: Whether it has one.
-    """
-
-    dim: int | None = 128
-    bias: bool = False
 
 
 @dataclass(frozen=True)
 class DualConfig:
     """Everything about a dual encoder but its weights and its tokenizer's vocabulary."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    image_head: LinearHeadConfig = field(default_factory=LinearHeadConfig)
+    vision: VisionConfig | TimmConfig = field(default_factory=VisionConfig)
+    text: TextConfig | HFTextConfig = field(default_factory=TextConfig)
+    image_head: LinearHeadConfig | ClassMixtureHeadConfig = field(default_factory=LinearHeadConfig)
     text_head: LinearHeadConfig = field(default_factory=LinearHeadConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     image_policy: ImagePolicy = field(default_factory=ImagePolicy)
@@ -41,13 +28,18 @@ class DualConfig:
 
 def build(config: DualConfig, tokenizer: Tokenizer) -> DualEncoder:
     """Return a freshly initialised model; seed torch first if it must be repeatable."""
-    vision, text = VisionTransformer(config.vision), TextTransformer(config.text)
-    return DualEncoder(
-        vision,
-        text,
-        LinearHead(vision.width, config.image_head.dim, bias=config.image_head.bias),
-        LinearHead(text.width, config.text_head.dim, bias=config.text_head.bias),
-        scale=config.scale,
-        image_policy=config.image_policy,
-        tokenizer=tokenizer,
+    vision, text = _vision_tower(config.vision), _text_tower(config.text)
+    image_head: nn.Module = (
+        LinearHead(vision.width, config.image_head)
+        if isinstance(config.image_head, LinearHeadConfig)
+        else ClassMixtureHead(vision.width, config.image_head)
     )
+    return DualEncoder(config, vision, text, image_head, LinearHead(text.width, config.text_head), tokenizer)
+
+
+def _vision_tower(config: VisionConfig | TimmConfig) -> AbstractVisionTower:
+    return VisionTransformer(config) if isinstance(config, VisionConfig) else TimmTower(config)
+
+
+def _text_tower(config: TextConfig | HFTextConfig) -> AbstractTextTower:
+    return TextTransformer(config) if isinstance(config, TextConfig) else HFTextTower(config)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -13,7 +13,10 @@ from diptych.data.tokenizer import Tokenizer
 from diptych.data.transforms import ImagePolicy
 from diptych.models.text import AbstractTextTower
 from diptych.models.vision import AbstractVisionTower
-from diptych.types import Tokens, TowerOutput
+from diptych.types import Tokens
+
+if TYPE_CHECKING:
+    from diptych.models.build import DualConfig
 
 TowerMode = Literal["frozen", "full", "lora"]
 """`frozen` trains nothing of a tower, `full` everything, `lora` low-rank updates of its attention (extra `hf`)."""
@@ -44,29 +47,32 @@ class DualEncoder(nn.Module):
         text_head: Maps the text tower's output record to [b, d].
         log_scale: Learnt log of 1 / temperature; use `scale`, which is clamped.
         bias: Learnt logit bias, or None.
-        image_policy: Preprocessing of images.
+        config: Everything but weights and vocabulary; with those, what a checkpoint holds.
         tokenizer: Preprocessing of texts.
     """
 
     def __init__(
         self,
+        config: "DualConfig",
         vision: AbstractVisionTower,
         text: AbstractTextTower,
         image_head: nn.Module,
         text_head: nn.Module,
-        *,
-        scale: ScaleConfig,
-        image_policy: ImagePolicy,
         tokenizer: Tokenizer,
     ) -> None:
         super().__init__()
+        self.config, self.tokenizer = config, tokenizer
         self.vision, self.text = vision, text
         self.image_head, self.text_head = image_head, text_head
-        self.log_scale = nn.Parameter(torch.tensor(scale.log_scale))
-        self.bias = None if scale.bias is None else nn.Parameter(torch.tensor(scale.bias))
-        self.image_policy, self.tokenizer = image_policy, tokenizer
-        self.register_buffer("mean", torch.tensor(image_policy.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(image_policy.std)[:, None, None], persistent=False)
+        self.log_scale = nn.Parameter(torch.tensor(config.scale.log_scale))
+        self.bias = None if config.scale.bias is None else nn.Parameter(torch.tensor(config.scale.bias))
+        self.register_buffer("mean", torch.tensor(config.image_policy.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(config.image_policy.std)[:, None, None], persistent=False)
+
+    @property
+    def image_policy(self) -> ImagePolicy:
+        """Return the preprocessing of images."""
+        return self.config.image_policy
 
     @property
     def scale(self) -> Float[Tensor, ""]:
@@ -91,20 +97,6 @@ class DualEncoder(nn.Module):
     def encode_text(self, tokens: Tokens) -> Float[Tensor, "b d"]:
         """Return text embeddings."""
         return normalise(self.text_head(self.text(tokens.ids, tokens.mask)))
-
-
-class LinearHead(nn.Module):
-    """Projects the pooled vector; the identity when `dim` is None."""
-
-    def __init__(self, width: int, dim: int | None, *, bias: bool = False) -> None:
-        super().__init__()
-        self.linear = nn.Identity() if dim is None else nn.Linear(width, dim, bias=bias)
-        if isinstance(self.linear, nn.Linear):
-            nn.init.normal_(self.linear.weight, std=width**-0.5)
-
-    def forward(self, output: TowerOutput) -> Float[Tensor, "b d"]:
-        """Return the projected pooled vector, not yet normalised."""
-        return self.linear(output.pooled)  # type: ignore[no-any-return]
 
 
 def normalise(x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:

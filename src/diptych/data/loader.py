@@ -1,0 +1,195 @@
+"""Batches in an order that is ours: state = (seed, epoch, cursor), the same batches with any number of workers.
+
+Every random choice about a sample comes from a generator seeded with (seed, epoch, index), so nothing depends on which
+process reads it or on what was read before; resuming is starting at another cursor.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from diptych.data.images import decode
+from diptych.data.sources import AbstractSource
+from diptych.data.tokenizer import Tokenizer, hash_strings
+from diptych.data.transforms import Augment, ImagePolicy, augment
+from diptych.errors import ConfigError, DataError, ImageError, TextError
+from diptych.types import Batch, Role, Sample
+
+
+@dataclass(frozen=True)
+class TextColumn:
+    """Which of a sample's texts goes into one text column of the batch, drawn anew every epoch.
+
+    Attributes:
+        roles: Roles to draw from: first a role, by weight among those the sample has, then one of its texts, uniformly.
+        weights: One weight per role, > 0; None for equal weights.
+    """
+
+    roles: tuple[Role, ...] = ("caption", "rewrite", "synthetic", "label")
+    weights: tuple[float, ...] | None = None
+
+    def draw(self, sample: Sample, rng: np.random.Generator) -> str:
+        """Return one text.
+
+        Raises:
+            TextError: If the sample has no text in any of the roles.
+        """
+        by_role = {role: [text.text for text in sample.texts if text.role == role] for role in self.roles}
+        weights = np.array(self.weights or [1.0] * len(self.roles)) * [bool(texts) for texts in by_role.values()]
+        if not weights.any():
+            present = sorted({text.role for text in sample.texts})
+            raise TextError(
+                f"Sample {sample.key!r} has no text with a role in {', '.join(self.roles)}; its roles: "
+                f"{', '.join(present) or 'none'}. Drop the row, or name other roles in data.texts."
+            )
+        texts = by_role[self.roles[rng.choice(len(self.roles), p=weights / weights.sum())]]
+        return texts[rng.integers(len(texts))]
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How samples become batches.
+
+    Attributes:
+        batch_size: Samples per batch; an incomplete last batch is left out, unless it is the only one.
+        workers: Processes that decode; 0 decodes in the training process. Changes nothing but speed.
+        texts: One entry per text column.
+        views: One entry per image view; view 0 is the main one.
+        bad_samples: `skip` leaves unreadable samples out of their batch and counts them, `strict` stops.
+    """
+
+    batch_size: int = 128
+    workers: int = 0
+    texts: tuple[TextColumn, ...] = (TextColumn(),)
+    views: tuple[Augment, ...] = (Augment(),)
+    bad_samples: Literal["skip", "strict"] = "skip"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a loader stands.
+
+    Attributes:
+        epoch: Passes completed.
+        cursor: Batches taken from the current pass.
+    """
+
+    epoch: int = 0
+    cursor: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch to be made.
+
+    Attributes:
+        epoch: Seeds the random choices.
+        indices: Which samples, in order.
+        after: Where the loader stands once the batch is taken.
+    """
+
+    epoch: int
+    indices: tuple[int, ...]
+    after: Position
+
+
+class Loader:
+    """Endless batches from a source.
+
+    Attributes:
+        position: Where the loader stands: after the last batch taken, not after what workers have fetched ahead.
+    """
+
+    def __init__(
+        self,
+        source: AbstractSource,
+        image_policy: ImagePolicy,
+        tokenizer: Tokenizer,
+        config: LoaderConfig,
+        *,
+        seed: int = 0,
+        position: Position | None = None,
+    ) -> None:
+        if len(source) == 0:
+            raise DataError(f"{source.name} has no samples; training needs at least one.")
+        if config.batch_size < 1 or config.workers < 0:
+            raise ConfigError(
+                f"batch_size must be >= 1 and workers >= 0, not {config.batch_size} and {config.workers}."
+            )
+        self.seed = seed
+        self.position = position or Position()
+        self.batch_size = min(config.batch_size, len(source))
+        self.batches_per_epoch = len(source) // self.batch_size
+        self._samples = len(source)
+        self._workers = config.workers
+        self._maker = BatchMaker(source, image_policy, tokenizer, config, seed)
+
+    def requests(self) -> Iterator[Request]:
+        """Yield what to make, without end, from `position` on."""
+        epoch, cursor = self.position.epoch, self.position.cursor
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self._samples).tolist()
+            for batch in range(cursor, self.batches_per_epoch):
+                last = batch + 1 == self.batches_per_epoch
+                after = Position(epoch + 1, 0) if last else Position(epoch, batch + 1)
+                yield Request(epoch, tuple(order[batch * self.batch_size : (batch + 1) * self.batch_size]), after)
+            epoch, cursor = epoch + 1, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches without end; `position` follows each one, so saving it after a step resumes exactly there."""
+        loader: DataLoader[tuple[Position, Batch]] = DataLoader(
+            self._maker, batch_size=None, sampler=self.requests(), num_workers=self._workers
+        )
+        for self.position, batch in loader:
+            yield batch
+
+
+class BatchMaker(Dataset[tuple[Position, Batch]]):
+    """Makes one batch from one request; all of its state is read-only, so it can live in any process."""
+
+    def __init__(
+        self, source: AbstractSource, image_policy: ImagePolicy, tokenizer: Tokenizer, config: LoaderConfig, seed: int
+    ) -> None:
+        self.source, self.image_policy, self.tokenizer, self.config, self.seed = (
+            source,
+            image_policy,
+            tokenizer,
+            config,
+            seed,
+        )
+
+    def __getitem__(self, request: Request) -> tuple[Position, Batch]:
+        samples, views, texts, skipped = [], [], [], []
+        for index in request.indices:
+            rng = np.random.default_rng([self.seed, request.epoch, index])
+            try:
+                sample = self.source[index]
+                views.append(self._views(sample, rng))
+                texts.append([column.draw(sample, rng) for column in self.config.texts])
+                samples.append(sample)
+            except (ImageError, TextError) as error:
+                if self.config.bad_samples == "strict":
+                    raise type(error)(f"Sample {index} of {self.source.name}: {error}") from error
+                del views[len(samples) :]
+                skipped.append(f"{index}: {error}")
+        if not samples:
+            raise DataError(f"None of the {len(request.indices)} samples of a batch could be used. First: {skipped[0]}")
+        batch = Batch(
+            keys=tuple(sample.key for sample in samples),
+            images=tuple(torch.stack(view) for view in zip(*views, strict=True)),
+            texts=tuple(self.tokenizer(column) for column in zip(*texts, strict=True)),
+            group=hash_strings(sample.group for sample in samples),
+            skipped=tuple(skipped),
+        )
+        return request.after, batch
+
+    def _views(self, sample: Sample, rng: np.random.Generator) -> list[Tensor]:
+        if sample.image is None:
+            raise ImageError(f"{sample.key!r} has no image.")
+        image = decode(sample.image, background=self.image_policy.background)
+        return [augment(image, self.image_policy, view, rng) for view in self.config.views]

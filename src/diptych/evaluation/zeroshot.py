@@ -1,0 +1,133 @@
+"""Zero-shot classification: a class is the mean of its prompts' embeddings, an image belongs to the nearest class.
+
+Prompts are versioned files in `prompts/`; their hash is part of every result, since accuracy moves by points with them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.errors import ConfigError, EvaluationError, nearest
+from diptych.evaluation.stats import bootstrap
+from diptych.types import Interval
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A set of templates.
+
+    Attributes:
+        name: File name without its ending.
+        templates: Each holds `{}` where the class name goes.
+        digest: Hash of the file's bytes.
+    """
+
+    name: str
+    templates: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Accuracy over all images.
+
+    Attributes:
+        top1: Share of images whose class is nearest; 1 / classes at chance.
+        top5: Share of images whose class is among the five nearest; None with fewer than six classes.
+        mean_per_class: Mean over classes of their top-1, so that every class counts alike.
+        by_domain: Top-1 within each domain, if the source has domains.
+        correct: Per image, 1.0 if its class is nearest.
+        classes: Class names, in order.
+        prompts: What they were put into.
+    """
+
+    top1: Interval
+    top5: Interval | None
+    mean_per_class: Interval
+    by_domain: dict[str, Interval]
+    correct: Float[np.ndarray, " n"]
+    classes: tuple[str, ...]
+    prompts: Prompts
+
+
+def read_prompts(name: str) -> Prompts:
+    """Return the templates of a file in `prompts/`.
+
+    Raises:
+        ConfigError: If there is no such file; lists those there are.
+    """
+    folder = files("diptych.evaluation") / "prompts"
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        known = [entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")]
+        raise ConfigError(f"There are no prompts {name!r}. {nearest(name, known)}")
+    content = file.read_bytes()
+    return Prompts(name, tuple(json.loads(content)["templates"]), hashlib.blake2b(content, digest_size=8).hexdigest())
+
+
+def class_embeddings(
+    embed: Callable[[Sequence[str]], Float[Tensor, "m d"]], classes: Sequence[str], prompts: Prompts
+) -> Float[Tensor, "k d"]:
+    """Return one L2-normalised embedding per class: the mean over templates, normalised again.
+
+    Source: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
+    """
+    texts = [template.format(name.replace("_", " ")) for name in classes for template in prompts.templates]
+    embedded = embed(texts).unflatten(0, (len(classes), len(prompts.templates)))
+    return F.normalize(embedded.mean(1), dim=-1)
+
+
+def zero_shot(
+    images: Float[Tensor, "n d"],
+    class_vectors: Float[Tensor, "k d"],
+    labels: Int64[Tensor, " n"],
+    classes: Sequence[str],
+    prompts: Prompts,
+    *,
+    domains: Sequence[str | None] = (),
+    seed: int = 0,
+) -> ZeroShot:
+    """Return accuracies with intervals; ties go against the model.
+
+    Args:
+        images: L2-normalised embeddings.
+        class_vectors: From `class_embeddings`.
+        labels: Row of `class_vectors` that each image belongs to.
+        classes: Names of the rows.
+        prompts: For the record.
+        domains: One per image, or empty.
+        seed: Of the bootstrap.
+
+    Raises:
+        EvaluationError: If there is only one class, or embeddings are not finite.
+    """
+    if len(classes) < 2:
+        raise EvaluationError(f"Classification needs at least two classes; there is only {list(classes)}.")
+    if not (images.isfinite().all() and class_vectors.isfinite().all()):
+        raise EvaluationError("Some embeddings are not finite. The model is broken: look at the training log.")
+    scores = images @ class_vectors.T
+    own = scores.gather(1, labels[:, None])
+    rank = (scores >= own).sum(1).sub(1).numpy()
+    correct = (rank == 0).astype(np.float64)
+    per_class = np.array(sorted(set(labels.tolist())))
+    weight = 1 / np.bincount(labels.numpy(), minlength=len(classes))[labels.numpy()]
+    balanced = correct * weight * len(labels) / len(per_class)
+    domain_array = np.array(domains)
+    return ZeroShot(
+        top1=bootstrap(correct, seed=seed),
+        top5=bootstrap((rank < 5).astype(np.float64), seed=seed) if len(classes) > 5 else None,
+        mean_per_class=bootstrap(balanced, seed=seed),
+        by_domain={
+            str(name): bootstrap(correct[domain_array == name], seed=seed) for name in sorted({d for d in domains if d})
+        },
+        correct=correct,
+        classes=tuple(classes),
+        prompts=prompts,
+    )

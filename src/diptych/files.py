@@ -1,0 +1,68 @@
+"""Files that are there whole or not at all, and the folder for data made once."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; it replaces `path` when the context ends well and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; it replaces `folder` when the context ends well and vanishes when it does not.
+
+    A folder cannot be exchanged in one system call, so for a moment the old one is called `<name>.old`. A process killed in that
+    moment leaves it there: read through `surviving` to find it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")), _old(folder)
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _to_disk(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.replace(old)
+        temporary.replace(folder)
+        _to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def surviving(folder: Path) -> Path:
+    """Return `folder`, or the previous one that a kill during its replacement left behind."""
+    return _old(folder) if not folder.exists() and _old(folder).exists() else folder
+
+
+def cache_folder() -> Path:
+    """Return where data made once are kept: `DIPTYCH_CACHE`, or ~/.cache/diptych."""
+    return Path(os.environ.get("DIPTYCH_CACHE") or Path.home() / ".cache" / "diptych")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old")
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

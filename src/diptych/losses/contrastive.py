@@ -1,0 +1,93 @@
+"""Contrastive losses between two sets of embeddings. Pure functions of tensors, computed in fp32 whatever the autocast.
+
+The seam is always the same: `image` and `text` are L2-normalised [n, d] and row i of one belongs to row i of the other;
+logits are scale * image @ text^T + bias.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def info_nce(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Float[Tensor, ""] | float,
+    *,
+    positives: Bool[Tensor, "n n"] | None = None,
+) -> Float[Tensor, ""]:
+    """Return the symmetric InfoNCE loss.
+
+    L = (CE(S) + CE(S^T)) / 2 with S = scale * image @ text^T and CE(S) = -mean_i mean_{j in P(i)} log softmax(S_i)_j.
+    Without `positives`, P(i) = {i}, CLIP's loss. With it, every positive of a row gets an equal share (SupCon's outer sum).
+
+    Args:
+        image: Normalised embeddings.
+        text: Normalised embeddings.
+        scale: 1 / temperature, > 0.
+        positives: True where image row and text column belong together; the diagonal must be True.
+
+    Returns:
+        A scalar, log(n) at chance; at least the mean log of the number of positives; 0 for n = 1.
+
+    Source: Radford et al. 2021, figure 3; Khosla et al. 2020, equation 2.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        logits = scale * _full(image) @ _full(text).T
+        if positives is None:
+            target = torch.arange(len(logits), device=logits.device)
+            return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        share = positives.to(logits.dtype)
+        return (
+            F.cross_entropy(logits, share / share.sum(1, keepdim=True))
+            + F.cross_entropy(logits.T, (share / share.sum(0)).T)
+        ) / 2
+
+
+def sigmoid_loss(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    scale: Float[Tensor, ""] | float,
+    bias: Float[Tensor, ""] | float,
+    *,
+    positives: Bool[Tensor, "n n"] | None = None,
+) -> Float[Tensor, ""]:
+    """Return the pairwise sigmoid loss: every cell of the matrix is a binary decision of its own.
+
+    L = -1/n sum_ij log sigmoid(z_ij (scale * image_i . text_j + bias)), z = 1 for positives and -1 elsewhere.
+
+    Args:
+        image: Normalised embeddings.
+        text: Normalised embeddings.
+        scale: 1 / temperature, > 0; SigLIP starts at 10.
+        bias: Added to every logit; SigLIP starts at -10, about -log(n).
+        positives: True where image row and text column belong together; the diagonal when absent.
+
+    Returns:
+        A scalar; n log 2 when all logits are 0.
+
+    Source: Zhai et al. 2023, section 3.2, algorithm 1.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        logits = scale * _full(image) @ _full(text).T + bias
+        if positives is None:
+            positives = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        return -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / len(logits)
+
+
+def shared_positives(group: Int64[Tensor, " n"], text_key: Int64[Tensor, " n"]) -> Bool[Tensor, "n n"] | None:
+    """Return which image-text cells are positives: same group, or the very same string. None when only the diagonal is.
+
+    Args:
+        group: Hash of each sample's group.
+        text_key: Hash of each sample's text.
+    """
+    if len(group.unique()) == len(group) and len(text_key.unique()) == len(text_key):
+        return None
+    return (group[:, None] == group) | (text_key[:, None] == text_key)
+
+
+def _full(x: Tensor) -> Tensor:
+    """Return at least fp32; fp64 stays, for gradient checks."""
+    return x if x.dtype == torch.float64 else x.float()

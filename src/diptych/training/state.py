@@ -1,0 +1,136 @@
+"""Everything a run needs to go on exactly where it was, saved in one atomic replacement.
+
+`checkpoint/` holds the model (as `diptych.load` reads it) and, beside it, what only training needs: the moments of the optimiser, raw
+weights when the saved ones are averages, the position of the loader and the state of the random generators. Tensors are
+safetensors; nothing is pickled.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diptych.data.loader import Loader, Position
+from diptych.errors import CheckpointError
+from diptych.files import atomic_folder, surviving
+from diptych.models.checkpoint import write_model
+from diptych.models.weights import CHECKPOINT
+from diptych.training.optim import WeightAverage
+from diptych.types import Encoded
+from diptych.verbs import AbstractObjective
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What changes while a run is on.
+
+    Attributes:
+        objective: Holds the model and its own parameters.
+        optimizer: With its moments.
+        average: Averaged weights, if the recipe asks for them.
+        loader: With its position.
+    """
+
+    objective: AbstractObjective[Encoded]
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    loader: Loader
+
+    @contextmanager
+    def final_weights(self) -> Iterator[None]:
+        """Give the objective the weights that count, in eval mode, while the context is open: the averaged ones if there are any."""
+        modes = {module: module.training for module in self.objective.modules()}
+        self.objective.eval()
+        self.adopt_final_weights()
+        yield
+        self.adopt_final_weights()
+        for module, mode in modes.items():
+            module.training = mode
+
+    def adopt_final_weights(self) -> None:
+        """Exchange raw and averaged weights; nothing to do without an average."""
+        if self.average is not None:
+            self.average.swap(self.objective)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of trained weights, buffers, moments, averages and generator states, by name.
+
+        Moments that do not exist yet, before the first step, are zeros.
+        """
+        trained = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+        parameters = {name for name, _ in self.objective.named_parameters()}
+        found = {f"weight.{name}": p.detach() for name, p in trained.items()}
+        found |= {f"buffer.{name}": b for name, b in self.objective.state_dict().items() if name not in parameters}
+        for name, parameter in trained.items():
+            moments = self.optimizer.state[parameter] or _zero_moments(parameter)
+            found |= {f"{moment}.{name}": value for moment, value in moments.items()}
+        if self.average is not None:
+            found |= {f"average.{name}": value for name, value in self.average.average.items()}
+        found["generator.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            found["generator.cuda"] = torch.cuda.get_rng_state()
+        return {name: value.clone() for name, value in found.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` returned."""
+        own = self.objective.state_dict()
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind in ("weight", "buffer"):
+                own[rest].copy_(value)
+            elif kind == "average" and self.average is not None:
+                self.average.average[rest].copy_(value)
+        for name, parameter in self.objective.named_parameters():
+            if parameter.requires_grad:
+                self.optimizer.state[parameter] = {
+                    moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _zero_moments(parameter)
+                }
+        torch.set_rng_state(tensors["generator.cpu"])
+        if "generator.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["generator.cuda"])
+
+
+def _zero_moments(parameter: Tensor) -> dict[str, Tensor]:
+    """Return what AdamW keeps for one parameter, as it is before the first step."""
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def save(state: RunState, folder: Path, step: int) -> None:
+    """Replace the checkpoint of a run directory; killed at any moment, the old one or the new one is there, whole."""
+    with atomic_folder(folder / CHECKPOINT) as target:
+        with state.final_weights():
+            write_model(state.objective.model, target)
+        save_file(state.tensors(), target / "training.safetensors")
+        (target / "training.json").write_text(json.dumps({"step": step, "position": asdict(state.loader.position)}))
+
+
+def restore(state: RunState, folder: Path) -> int:
+    """Put a saved state back; return its step, 0 when there is no checkpoint yet.
+
+    Raises:
+        CheckpointError: If the checkpoint belongs to other parameters.
+    """
+    source = surviving(folder / CHECKPOINT)
+    if not (source / "training.json").exists():
+        return 0
+    saved, expected = load_file(source / "training.safetensors"), state.tensors()
+    strange = sorted(set(saved) ^ set(expected)) or [n for n in saved if saved[n].shape != expected[n].shape]
+    if strange:
+        raise CheckpointError(
+            f"{source} was saved by a run with other parameters (first difference: {strange[0]}). "
+            "Resume with the recipe.json of that run, or start a new run in another folder."
+        )
+    state.load(saved)
+    record = json.loads((source / "training.json").read_text())
+    state.loader.position = Position(**record["position"])
+    return int(record["step"])
