@@ -40,20 +40,28 @@ def from_json(cls: type[T], value: Any, *, where: str = "") -> T:
     return typing.cast(T, _read(cls, value, where or getattr(cls, "__name__", "value")))
 
 
-def override(record: T, changes: Mapping[str, Any]) -> T:
-    """Return a copy of a dataclass with some keys changed; nested mappings reach nested dataclasses, unknown keys are errors."""
-    return from_json(type(record), _merge(to_json(record), changes))
+def override(record: T, changes: Mapping[str, Any], *, where: str = "") -> T:
+    """Return a copy of a dataclass with some keys changed; nested mappings reach nested dataclasses.
+
+    Raises:
+        ConfigError: If a key is unknown or a value wrong.
+    """
+    where = where or type(record).__name__
+    hints, new = typing.get_type_hints(type(record)), {}
+    _check_keys(record, changes, where)
+    for key, value in changes.items():
+        if key == "kind":
+            continue
+        current, path = getattr(record, key), f"{where}.{key}"
+        same = isinstance(value, Mapping) and value.get("kind", type(current).__name__) == type(current).__name__
+        nested = same and dataclasses.is_dataclass(current)
+        new[key] = override(current, value, where=path) if nested else _read(hints[key], value, path)
+    return dataclasses.replace(record, **new)  # type: ignore[type-var]
 
 
 def fingerprint(record: Any) -> str:
     """Return 16 hex digits that change when any value of the record does."""
     return hashlib.blake2b(json.dumps(to_json(record), sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def _merge(old: Any, new: Any) -> Any:
-    if not (isinstance(old, dict) and isinstance(new, Mapping)) or new.get("kind", old.get("kind")) != old.get("kind"):
-        return new
-    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
 
 
 def _read(annotation: Any, value: Any, where: str) -> Any:
@@ -90,10 +98,15 @@ def _read_dataclass(cls: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} takes a mapping of keys, not {value!r}.")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    for key in value:
+    _check_keys(cls, value, where)
+    return cls(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names if name in value})
+
+
+def _check_keys(cls: Any, given: Mapping[str, Any], where: str) -> None:
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in given:
         if key not in names and key != "kind":
             raise ConfigError(f"{where} has no key {key!r}. {nearest(key, names)}")
-    return cls(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names if name in value})
 
 
 def _read_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:

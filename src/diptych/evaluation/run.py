@@ -1,55 +1,25 @@
 """Evaluate one model on one source: what can be measured follows from what the samples have."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from diptych.config import to_json
-from diptych.data.images import decode
 from diptych.data.sources import AbstractSource
-from diptych.errors import EvaluationError, ImageError
+from diptych.errors import EvaluationError
 from diptych.evaluation.probe import Probe, linear_probe, nearest_neighbours
 from diptych.evaluation.retrieval import Direction, Retrieval, retrieval
 from diptych.evaluation.stats import paired_difference
 from diptych.evaluation.zeroshot import ZeroShot, class_embeddings, read_prompts, zero_shot
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import Advance, embed_images, embed_texts
-from diptych.types import Interval, Sample
+from diptych.models.embedding import Embedded, ProgressBar, embed_source, embed_texts
+from diptych.types import Interval
 
 Task = Literal["retrieval", "zeroshot"]
-ProgressBar = Callable[[str, int], AbstractContextManager[Advance]]
-"""Opens a progress bar with a title over so many items."""
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A source as a model sees it.
-
-    Attributes:
-        keys: Of the images.
-        images: One embedding per image.
-        captions: All texts measured, grouped by image.
-        owner: Row of `images` for each caption.
-        texts: One embedding per caption.
-        labels: One per image, None where unknown.
-        domains: One per image, None where unknown.
-        skipped: Images left out because they could not be read, with reasons.
-    """
-
-    keys: tuple[str, ...]
-    images: Float[Tensor, "n d"]
-    captions: tuple[str, ...]
-    owner: tuple[int, ...]
-    texts: Float[Tensor, "m d"]
-    labels: tuple[str | None, ...]
-    domains: tuple[str | None, ...]
-    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -109,6 +79,17 @@ class Evaluation:
         if self.nearest_neighbours is not None:
             found["nearest_neighbours/accuracy"] = self.nearest_neighbours.accuracy
         return found
+
+    def chance(self, name: str) -> float | None:
+        """Return what a number of `headline` would be by guessing, None where that is not simple."""
+        if self.zeroshot is not None and name == "zeroshot/top1":
+            return 1 / len(self.zeroshot.classes)
+        if self.retrieval is not None and "/recall@" in name:
+            direction, _, k = name.partition("/recall@")
+            found = dict(_directions(self.retrieval))[direction]
+            right = len(self.embedded.captions) / len(self.embedded.keys) if direction == "image_to_text" else 1.0
+            return min(1.0, int(k) * right / found.candidates)
+        return None
 
 
 def evaluate_model(
@@ -179,55 +160,6 @@ def evaluate_model(
         settings,
         {"data": 0.0, "train": 0.0, "evaluate": seconds, "total": seconds},
         embedded,
-    )
-
-
-def embed_source(
-    model: DualEncoder,
-    source: AbstractSource,
-    *,
-    language: str | None = None,
-    batch_size: int = 64,
-    progress: ProgressBar | None = None,
-) -> Embedded:
-    """Return the embeddings of a source's images and captions; unreadable images are left out and counted."""
-    bar = progress or (lambda title, total: nullcontext(lambda done: None))
-    samples: list[Sample] = []
-    skipped: list[str] = []
-
-    def readable() -> Iterator[Sample]:
-        for index in range(len(source)):
-            try:
-                sample = source[index]
-                decode(sample.image if sample.image is not None else b"")
-            except ImageError as error:
-                skipped.append(f"{index}: {error}")
-                continue
-            samples.append(
-                Sample(sample.key, None, sample.texts, sample.group, label=sample.label, domain=sample.domain)
-            )
-            yield sample
-
-    with bar("embedding images", len(source)) as advance:
-        images = embed_images(model, readable(), batch_size=batch_size, advance=advance)
-    pairs = [
-        (row, text.text)
-        for row, sample in enumerate(samples)
-        for text in sample.texts
-        if (text.role == "caption" if language is None else text.language == language)
-    ]
-    captions, owner = tuple(text for _, text in pairs), tuple(row for row, _ in pairs)
-    with bar("embedding texts", len(captions)) as advance:
-        texts = embed_texts(model, captions, advance=advance)
-    return Embedded(
-        tuple(sample.key for sample in samples),
-        images,
-        captions,
-        owner,
-        texts,
-        tuple(sample.label for sample in samples),
-        tuple(sample.domain for sample in samples),
-        tuple(skipped),
     )
 
 

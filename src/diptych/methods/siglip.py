@@ -11,11 +11,17 @@ Equation (section 3.2): L = -1/n sum_ij log sigmoid(z_ij (exp(t) I_i . T_j + b))
 What differs: samples of one group, and samples with the very same text, are positives of each other.
 """
 
+import math
 from dataclasses import dataclass
 
+from diptych.data.loader import LoaderConfig
+from diptych.data.transforms import Augment
 from diptych.errors import ConfigError
 from diptych.losses.contrastive import shared_positives, sigmoid_loss
-from diptych.models.dual import DualEncoder
+from diptych.models.build import DualConfig
+from diptych.models.dual import DualEncoder, ScaleConfig
+from diptych.training.optim import OptimizerConfig
+from diptych.training.recipe import ModelConfig, Recipe
 from diptych.types import Batch, Losses, PairEmbeddings
 from diptych.verbs import AbstractObjective
 
@@ -59,3 +65,24 @@ class Objective(AbstractObjective[PairEmbeddings]):
             encoded.images[0], encoded.texts[0], self.model.scale, self.model.bias, positives=positives
         )
         return Losses(sigmoid, {"sigmoid": sigmoid})
+
+
+def recipe() -> Recipe[Config]:
+    """Return a model from scratch with the paper's start of scale and bias (section 3.2: t = log 10, b = -10).
+
+    The paper trains with batches up to 32,768, lr 1e-3, weight decay 1e-4 and betas (0.9, 0.95).
+    """
+    architecture = DualConfig(scale=ScaleConfig(log_scale=math.log(10), bias=-10.0))
+    return Recipe(
+        "siglip",
+        Config(),
+        model=ModelConfig(start="new", architecture=architecture),
+        data=LoaderConfig(batch_size=128, views=(Augment(crop_scale=(0.8, 1.0)),)),
+        optimizer=OptimizerConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4, ema_decay=0.99),
+        epochs=24,
+    )
+
+
+def mini() -> Recipe[Config]:
+    """Return the recipe itself: it is small already."""
+    return recipe()

@@ -1,15 +1,16 @@
 """From samples and strings to embeddings on the CPU, for evaluation and use; nothing here trains."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
-from jaxtyping import Float
-from PIL import Image
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from diptych.data.images import decode
+from diptych.data.sources import AbstractSource
 from diptych.data.transforms import preprocess
 from diptych.errors import ImageError
 from diptych.models.dual import DualEncoder
@@ -17,6 +18,34 @@ from diptych.types import Sample, map_tensors
 
 Advance = Callable[[int], None]
 """Called with the number of items done since the last call, to move a progress bar."""
+
+ProgressBar = Callable[[str, int], AbstractContextManager[Advance]]
+"""Opens a progress bar with a title over so many items."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A source as a model sees it.
+
+    Attributes:
+        keys: Of the images.
+        images: One embedding per image.
+        captions: All texts measured, grouped by image.
+        owner: Row of `images` for each caption.
+        texts: One embedding per caption.
+        labels: One per image, None where unknown.
+        domains: One per image, None where unknown.
+        skipped: Images left out because they could not be read, with reasons.
+    """
+
+    keys: tuple[str, ...]
+    images: Float[Tensor, "n d"]
+    captions: tuple[str, ...]
+    owner: tuple[int, ...]
+    texts: Float[Tensor, "m d"]
+    labels: tuple[str | None, ...]
+    domains: tuple[str | None, ...]
+    skipped: tuple[str, ...]
 
 
 @contextmanager
@@ -46,15 +75,7 @@ def embed_images(
     Raises:
         ImageError: If an image is missing or cannot be decoded; names the sample.
     """
-    policy, samples = model.image_policy, iter(samples)
-    parts = []
-    with inference(model):
-        while batch := list(islice(samples, batch_size)):
-            pixels = torch.stack([preprocess(_decode(sample, policy.background), policy) for sample in batch])
-            parts.append(model.encode_image(pixels.to(model.device)).cpu())
-            if advance is not None:
-                advance(len(batch))
-    return torch.cat(parts).clone() if parts else torch.empty(0, 0)
+    return _embed_pixels(model, (_pixels(model, sample) for sample in samples), batch_size, advance)
 
 
 def embed_texts(
@@ -78,13 +99,88 @@ def embed_texts(
             parts.append(model.encode_text(map_tensors(lambda tensor: tensor.to(model.device), tokens)).cpu())
             if advance is not None:
                 advance(len(tokens.ids))
+    return torch.cat(parts).clone() if parts else torch.empty(0, 0)  # a clone can be used outside of inference mode
+
+
+def embed_source(
+    model: DualEncoder,
+    source: AbstractSource,
+    *,
+    language: str | None = None,
+    batch_size: int = 64,
+    progress: ProgressBar | None = None,
+) -> Embedded:
+    """Return the embeddings of a source's images and captions; unreadable images are left out and counted.
+
+    Args:
+        model: Preprocesses as its own policy says.
+        source: Samples; those without captions have images only.
+        language: Take the texts of this language (ISO 639-1) instead of the captions.
+        batch_size: Images per forward pass.
+        progress: Shows progress.
+    """
+    bar = progress or _no_progress
+    samples: list[Sample] = []
+    skipped: list[str] = []
+
+    def readable() -> Iterator[Tensor]:
+        for index in range(len(source)):
+            try:
+                sample = source[index]
+                pixels = _pixels(model, sample)
+            except ImageError as error:
+                skipped.append(f"{index}: {error}")
+                continue
+            samples.append(replace(sample, image=None, mask=None))
+            yield pixels
+
+    with bar("embedding images", len(source)) as advance:
+        images = _embed_pixels(model, readable(), batch_size, advance)
+    if not samples:
+        raise ImageError(f"None of the {len(source)} images of {source.name} can be read. First: {skipped[0]}")
+    pairs = [
+        (row, text.text)
+        for row, sample in enumerate(samples)
+        for text in sample.texts
+        if (text.role == "caption" if language is None else text.language == language)
+    ]
+    captions, owner = tuple(text for _, text in pairs), tuple(row for row, _ in pairs)
+    with bar("embedding texts", len(captions)) as advance:
+        texts = embed_texts(model, captions, advance=advance)
+    return Embedded(
+        tuple(sample.key for sample in samples),
+        images,
+        captions,
+        owner,
+        texts,
+        tuple(sample.label for sample in samples),
+        tuple(sample.domain for sample in samples),
+        tuple(skipped),
+    )
+
+
+def _embed_pixels(
+    model: DualEncoder, pixels: Iterable[Tensor], batch_size: int, advance: Advance | None
+) -> Float[Tensor, "n d"]:
+    pixels, parts = iter(pixels), []
+    with inference(model):
+        while batch := list(islice(pixels, batch_size)):
+            parts.append(model.encode_image(torch.stack(batch).to(model.device)).cpu())
+            if advance is not None:
+                advance(len(batch))
     return torch.cat(parts).clone() if parts else torch.empty(0, 0)
 
 
-def _decode(sample: Sample, background: tuple[int, int, int]) -> Image.Image:
+def _pixels(model: DualEncoder, sample: Sample) -> UInt8[Tensor, "3 h w"]:
+    """Return the evaluation view of a sample's image."""
     if sample.image is None:
         raise ImageError(f"{sample.key!r} has no image. Drop the row, or embed its texts only.")
     try:
-        return decode(sample.image, background=background)
+        return preprocess(decode(sample.image, background=model.image_policy.background), model.image_policy)
     except ImageError as error:
         raise ImageError(f"{sample.key!r}: {error}") from error
+
+
+def _no_progress(title: str, total: int) -> AbstractContextManager[Advance]:
+    del title, total
+    return nullcontext(lambda done: None)

@@ -27,7 +27,7 @@ Evaluate = Callable[[DualEncoder], Mapping[str, float]]
 def fit(
     objective: AbstractObjective[Encoded],
     loader: Loader,
-    recipe: Recipe,
+    recipe: Recipe[Any],
     folder: Path,
     *,
     console: Console,
@@ -95,7 +95,7 @@ def fit(
                     "loss": sum(float(loss.total) for loss in losses) / len(losses),
                     "parts": {name: float(value) for name, value in losses[0].parts.items()},
                     "lr": lr,
-                    "scale": float(model.scale),
+                    "scale": model.scale.item(),
                     "grad_norm": norm,
                     "seconds_data": data_seconds,
                     "seconds_compute": compute_seconds,

@@ -1,7 +1,7 @@
 """A training run as one frozen tree of settings. What a run directory keeps as `recipe.json`."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Generic, Literal, TypeVar
 
 from diptych.data.loader import LoaderConfig
 from diptych.models.build import DualConfig
@@ -33,8 +33,11 @@ class ModelConfig:
     text_mode: TowerMode = "full"
 
 
+C = TypeVar("C")
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Generic[C]):
     """Everything about a run but the data's place and the output folder.
 
     Attributes:
@@ -55,8 +58,8 @@ class Recipe:
         writers: Further places for the log; metrics.jsonl is always written.
     """
 
-    method: str = "clip"
-    objective: Any = None
+    method: str
+    objective: C
     model: ModelConfig = field(default_factory=ModelConfig)
     data: LoaderConfig = field(default_factory=LoaderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

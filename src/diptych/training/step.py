@@ -34,9 +34,9 @@ def accumulate_gradients(
             encoded = objective.encode(batch)
         losses = objective.loss(encoded, replace(batch, images=()))
         if not torch.isfinite(losses.total):
-            parts = ", ".join(f"{name} = {float(value):g}" for name, value in losses.parts.items())
+            parts = ", ".join(f"{name} = {value.item():g}" for name, value in losses.parts.items())
             raise TrainingError(
-                f"the loss is {float(losses.total)} ({parts}; first sample {batch.keys[0]!r}). "
+                f"the loss is {losses.total.item()} ({parts}; first sample {batch.keys[0]!r}). "
                 "Lower optimizer.lr, or look for broken images or texts with `diptych doctor`."
             )
         (losses.total / len(batches)).backward()

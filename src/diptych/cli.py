@@ -1,0 +1,161 @@
+"""The command line. `diptych --help` and `diptych methods` load no torch; everything else imports its command when it is called."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from diptych.errors import ConfigError, DiptychError, nearest
+from diptych.methods import METHODS
+
+COMMANDS = {
+    "train": "train a model on image-text pairs: diptych train ./photos",
+    "evaluate": "measure a model, every number with its interval: diptych evaluate ./photos --model runs/photos-clip",
+    "embed": "embed images into a folder: diptych embed ./photos --model mini --out index",
+    "search": "find images by words or by a picture: diptych search index --text 'a red cat'",
+    "doctor": "look for trouble before training: diptych doctor ./photos",
+    "convert": "write a model for open_clip or transformers: diptych convert runs/demo --out clip --to hf",
+    "methods": "list all methods and their state",
+    "demo": "train on emoji from scratch in minutes, with a report",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exit with 0, or 1 if the doctor found errors, or 2 if something could not be used."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(version("diptych"))
+        return
+    try:
+        if command not in COMMANDS:
+            raise ConfigError(f"There is no command {command!r}. {nearest(command, COMMANDS)}")
+        run = {"methods": _methods, "train": _train, "doctor": _doctor, "evaluate": _evaluate}.get(command)
+        sys.exit(run(rest) if run else _plain(command, rest))
+    except DiptychError as error:
+        print(f"diptych {command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read the output has gone, as in `diptych methods | head`
+        sys.stdout = None  # type: ignore[assignment]
+    except KeyboardInterrupt:
+        print(f"diptych {command}: stopped. A training run goes on with --resume.", file=sys.stderr)
+        sys.exit(130)
+
+
+def usage() -> str:
+    """Return the top-level help: all commands, all methods."""
+    commands = "\n".join(f"  {name:10} {help_}" for name, help_ in COMMANDS.items())
+    working = ", ".join(m.slug for m in METHODS.values() if m.state != "planned")
+    planned = ", ".join(m.slug for m in METHODS.values() if m.state == "planned")
+    return (
+        "diptych: contrastive vision-language learning, from image-text pairs to a model in use.\n\n"
+        f"usage: diptych COMMAND ...   (diptych COMMAND --help explains its arguments)\n\n{commands}\n\n"
+        f"methods that work: {working}\nmethods planned: {planned}\n\n"
+        "First time here? `diptych demo`, then `diptych train` on a folder of images with captions."
+    )
+
+
+def _methods(arguments: list[str]) -> int:
+    if arguments:
+        print("usage: diptych methods   (no arguments): slug, verb, state, paper, title")
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    for m in METHODS.values():
+        print(f"{m.slug:24} {m.verb:10} {m.state:15} {m.paper:34} {m.title}")
+    return 0
+
+
+def _plain(command: str, arguments: list[str]) -> int:
+    from diptych import commands
+
+    _call(getattr(commands, command), command, arguments)
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    """Run `evaluate`; `--json` alone prints to the output, `--json FILE` writes a file."""
+    from diptych import commands
+
+    if "--json" in arguments:
+        place = arguments.index("--json")
+        alone = place + 1 == len(arguments) or arguments[place + 1].startswith("--")
+        arguments = [*arguments[:place], "--json-out", *(["-"] if alone else []), *arguments[place + 1 :]]
+    _call(commands.evaluate, "evaluate", arguments)
+    return 0
+
+
+def _train(arguments: list[str]) -> int:
+    from diptych import commands
+
+    _call_with_recipe(commands.train, "train", arguments)
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from diptych import commands
+
+    return 0 if _call_with_recipe(commands.doctor, "doctor", arguments).healthy else 1
+
+
+def _call(function: Callable[..., Any], command: str, arguments: list[str]) -> Any:
+    """Call a function with arguments from the command line."""
+    import tyro
+
+    return tyro.cli(function, prog=f"diptych {command}", args=arguments)
+
+
+def _call_with_recipe(function: Callable[..., Any], command: str, arguments: list[str]) -> Any:
+    """Call a function whose `recipe` is spread over the command line, with the defaults of `--method` and `--config`."""
+    import inspect
+
+    import tyro
+
+    from diptych.commands import read_recipe
+    from diptych.methods import load_method
+    from diptych.training.recipe import Recipe
+
+    config, arguments = _take("--config", arguments)
+    method, arguments = _take("--method", arguments)
+    record = read_config(Path(config)) if config else {}
+    default = read_recipe(record | ({"method": method} if method else {}))
+    spread: Any = Annotated[Recipe.__class_getitem__(load_method(default.method).Config), tyro.conf.arg(name="")]  # type: ignore[attr-defined]
+
+    def run(**values: Any) -> Any:
+        return function(**values)
+
+    parameters = inspect.signature(function).parameters
+    run.__doc__ = f"{function.__doc__}\n\nAlso: --method SLUG chooses the method, --config FILE.json changes the defaults shown here."
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {"recipe": spread}
+    new = parameters["recipe"].replace(default=default, annotation=spread)
+    rest = [parameter for name, parameter in parameters.items() if name != "recipe"]
+    run.__signature__ = inspect.Signature([*rest, new])  # type: ignore[attr-defined]
+    return tyro.cli(run, prog=f"diptych {command}", args=arguments)
+
+
+def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Return the value of a flag and the arguments without it."""
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1], arguments[:place] + arguments[place + 2 :]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2], arguments[:place] + arguments[place + 1 :]
+    return None, arguments
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a JSON file of recipe changes, such as the recipe.json of an earlier run.
+
+    Raises:
+        ConfigError: If it is not there or not a JSON object.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} must hold one JSON object with keys of the recipe.")
+    return record

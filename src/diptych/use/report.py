@@ -1,0 +1,87 @@
+"""The report of a training run: one HTML file that needs nothing else."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from diptych.files import atomic_file
+from diptych.types import Interval
+from diptych.use.gallery import Card, render
+from diptych.use.page import Line, facts, interval_table, line_chart, page
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a report shows.
+
+    Attributes:
+        title: One line.
+        lead: One or two sentences: what was trained on what, and how it went.
+        metrics: (name, value with interval, value at chance).
+        rows: Rows of metrics.jsonl.
+        image_to_text: Cards.
+        text_to_image: Cards.
+        facts: Name and value, by section.
+        notes: Sentences, such as the doctor's findings.
+    """
+
+    title: str
+    lead: str
+    metrics: Sequence[tuple[str, Interval, float | None]]
+    rows: Sequence[Mapping[str, Any]]
+    image_to_text: Sequence[Card] = ()
+    text_to_image: Sequence[Card] = ()
+    facts: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def write_report(path: Path, run: RunSummary) -> None:
+    """Write the report; it is there whole or not at all."""
+    with atomic_file(path) as file:
+        file.write_text(render_report(run), encoding="utf-8")
+
+
+def render_report(run: RunSummary) -> str:
+    """Return the report as HTML."""
+    body = [f'<h1>{escape(run.title)}</h1><p class="lead">{escape(run.lead)}</p>', interval_table(run.metrics)]
+    body.append(f'<h2>Curves</h2><div class="charts">{"".join(curves(run.rows))}</div>')
+    if run.image_to_text:
+        body.append(
+            "<h2>Image to text</h2><p class='lead'>A held-out image and the five texts it is nearest to; the right one in green.</p>"
+        )
+        body.append(render(run.image_to_text))
+    if run.text_to_image:
+        body.append(
+            "<h2>Text to image</h2><p class='lead'>A held-out text and the five images it is nearest to; the right one framed.</p>"
+        )
+        body.append(render(run.text_to_image))
+    for name, rows in run.facts.items():
+        body.append(f"<h2>{escape(name)}</h2>{facts(rows)}")
+    if run.notes:
+        body.append("<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in run.notes) + "</ul>")
+    return page(run.title, "".join(body))
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return one chart per family of numbers in a metrics.jsonl."""
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "evaluation" in row]
+
+    def line(name: str, key: str) -> Line:
+        return Line(name, tuple((row["step"], row[key]) for row in steps))
+
+    names = list(dict.fromkeys(name for row in evaluations for name in row["evaluation"]))
+    recall = [
+        Line(name, tuple((row["step"], row["evaluation"][name]) for row in evaluations if name in row["evaluation"]))
+        for name in names
+    ]
+    return [
+        line_chart("Loss", [line("loss", "loss")]),
+        line_chart("Held-out samples", recall),
+        line_chart("Learning rate", [line("learning rate", "lr")]),
+        line_chart("Scale (1 / temperature)", [line("scale", "scale")]),
+        line_chart("Gradient norm", [line("norm before clipping", "grad_norm")]),
+        line_chart("Samples per second", [line("samples per second", "samples_per_second")]),
+    ]

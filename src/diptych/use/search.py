@@ -1,0 +1,202 @@
+"""A folder of embeddings, and answers from it: text to image, image to image, image and text together."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.data.images import decode
+from diptych.data.sources import AbstractSource
+from diptych.data.transforms import preprocess
+from diptych.errors import CheckpointError, InputError, require
+from diptych.files import atomic_folder
+from diptych.models.dual import DualEncoder
+from diptych.models.embedding import ProgressBar, embed_source, embed_texts, inference
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of an index.
+
+    Attributes:
+        key: In its source.
+        texts: Its captions, for showing.
+    """
+
+    key: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Image embeddings of a source.
+
+    Attributes:
+        model: What they were made with; a spec for `diptych.load`.
+        source: What they were made of; a spec for `open_source`.
+        items: One per row.
+        images: L2-normalised embeddings.
+        skipped: Images that could not be read.
+    """
+
+    model: str
+    source: str
+    items: tuple[Item, ...]
+    images: Float[Tensor, "n d"]
+    skipped: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write the index; the folder holds the old one or the new one, whole."""
+        with atomic_folder(folder) as target:
+            save_file({"images": self.images}, target / "embeddings.safetensors")
+            record = {"model": self.model, "source": self.source, "skipped": self.skipped}
+            (target / "index.json").write_text(json.dumps(record, indent=2))
+            lines = (json.dumps(asdict(item), ensure_ascii=False) for item in self.items)
+            (target / "items.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index":
+        """Return the index that `save` wrote.
+
+        Raises:
+            CheckpointError: If there is none.
+        """
+        if not (folder / "index.json").exists():
+            raise CheckpointError(
+                f"{folder} is no index. Make one with: diptych embed SOURCE --model MODEL --out {folder}"
+            )
+        record = json.loads((folder / "index.json").read_text())
+        lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
+        items = tuple(Item(row["key"], tuple(row["texts"])) for row in map(json.loads, lines))
+        return cls(
+            record["model"],
+            record["source"],
+            items,
+            load_file(folder / "embeddings.safetensors")["images"],
+            record["skipped"],
+        )
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One answer.
+
+    Attributes:
+        rank: 1 is best.
+        score: Cosine with the query.
+        item: What was found.
+    """
+
+    rank: int
+    score: float
+    item: Item
+
+
+def build_index(
+    model: DualEncoder,
+    source: AbstractSource,
+    *,
+    model_spec: str,
+    source_spec: str,
+    progress: ProgressBar | None = None,
+) -> Index:
+    """Return the index of a source; unreadable images are left out and counted."""
+    embedded = embed_source(model, source, progress=progress)
+    texts: list[list[str]] = [[] for _ in embedded.keys]
+    for text, row in zip(embedded.captions, embedded.owner, strict=True):
+        texts[row].append(text)
+    items = tuple(Item(key, tuple(found)) for key, found in zip(embedded.keys, texts, strict=True))
+    return Index(model_spec, source_spec, items, embedded.images, len(embedded.skipped))
+
+
+def embed_query(model: DualEncoder, *, text: str | None = None, image: bytes | None = None) -> Float[Tensor, " d"]:
+    """Return the embedding of a text, of an image, or the normalised sum of both.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    parts = []
+    if text is not None:
+        parts.append(embed_texts(model, [text])[0])
+    if image is not None:
+        pixels = preprocess(decode(image, background=model.image_policy.background), model.image_policy)
+        with inference(model):
+            parts.append(model.encode_image(pixels[None].to(model.device))[0].cpu())
+    if not parts:
+        raise InputError("A search needs a text, an image, or both; there is neither.")
+    return F.normalize(torch.stack(parts).sum(0), dim=0).clone()
+
+
+Finder = Callable[[Float[Tensor, " d"], int], tuple[Sequence[float], Sequence[int]]]
+"""Returns scores and rows of the best candidates, best first."""
+
+
+def exact_finder(images: Float[Tensor, "n d"]) -> Finder:
+    """Return a finder that compares with every image; equal scores come in the order of the index."""
+
+    def find(query: Tensor, count: int) -> tuple[Sequence[float], Sequence[int]]:
+        scores = images @ query
+        order = torch.sort(scores, descending=True, stable=True)
+        return order.values[:count].tolist(), order.indices[:count].tolist()
+
+    return find
+
+
+def approximate_finder(images: Float[Tensor, "n d"]) -> Finder:
+    """Return a finder over a graph of neighbours (HNSW, through usearch): faster on millions, may miss some.
+
+    Raises:
+        MissingExtraError: If usearch is not installed.
+    """
+    engine: Any = require("usearch.index", "search").Index(ndim=images.shape[1], metric="cos")
+    engine.add(np.arange(len(images)), images.numpy())
+
+    def find(query: Tensor, count: int) -> tuple[Sequence[float], Sequence[int]]:
+        found = engine.search(query.numpy(), count)
+        return (1 - np.asarray(found.distances)).tolist(), np.asarray(found.keys).tolist()
+
+    return find
+
+
+def search_index(
+    index: Index, query: Float[Tensor, " d"], *, count: int = 10, finder: Finder | None = None
+) -> tuple[Hit, ...]:
+    """Return the best items, best first.
+
+    Args:
+        index: Where to look.
+        query: From `embed_query`, with the model of the index.
+        count: How many at most.
+        finder: How to look; exactly by default.
+
+    Raises:
+        InputError: If query and index come from different models.
+    """
+    if query.shape[0] != index.images.shape[1]:
+        raise InputError(
+            f"The query has {query.shape[0]} dimensions, the index {index.images.shape[1]}; it was made with {index.model}."
+        )
+    scores, found = (finder or exact_finder(index.images))(query, min(count, len(index.items)))
+    return tuple(
+        Hit(rank, score, index.items[row]) for rank, (score, row) in enumerate(zip(scores, found, strict=True), 1)
+    )
+
+
+def pictures(source: AbstractSource, hits: Sequence[Hit]) -> dict[str, Image.Image]:
+    """Return the images of the hits by key, read again from the source they were embedded from."""
+    wanted = {hit.item.key for hit in hits}
+    found = {}
+    for index in range(len(source)):
+        sample = source[index]
+        if sample.key in wanted and sample.image is not None:
+            found[sample.key] = decode(sample.image)
+    return found
