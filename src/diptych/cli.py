@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"diptych {command}: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has gone, as in `diptych methods | head`
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
     except KeyboardInterrupt:
         print(f"diptych {command}: stopped. A training run goes on with --resume.", file=sys.stderr)
         sys.exit(130)
@@ -128,7 +128,9 @@ def _call_with_recipe(function: Callable[..., Any], command: str, arguments: lis
         return function(**values)
 
     parameters = inspect.signature(function).parameters
-    run.__doc__ = f"{function.__doc__}\n\nAlso: --method SLUG chooses the method, --config FILE.json changes the defaults shown here."
+    first, _, rest_of_doc = (inspect.getdoc(function) or "").partition("\n\n")
+    also = "--method SLUG chooses the method; --config FILE.json (such as the recipe.json of a run) changes the defaults shown here."
+    run.__doc__ = f"{first}\n\n{also}\n\n{rest_of_doc}"
     run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {"recipe": spread}
     new = parameters["recipe"].replace(default=default, annotation=spread)
     rest = [parameter for name, parameter in parameters.items() if name != "recipe"]

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +12,7 @@ from pathlib import Path
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to; it replaces `path` when the context ends well and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
         yield temporary
         _to_disk(temporary)
@@ -31,7 +29,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     moment leaves it there: read through `surviving` to find it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")), _old(folder)
+    temporary, old = _beside(folder), _old(folder)
+    temporary.mkdir()
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
@@ -54,6 +53,11 @@ def surviving(folder: Path) -> Path:
 def cache_folder() -> Path:
     """Return where data made once are kept: `DIPTYCH_CACHE`, or ~/.cache/diptych."""
     return Path(os.environ.get("DIPTYCH_CACHE") or Path.home() / ".cache" / "diptych")
+
+
+def _beside(path: Path) -> Path:
+    """Return a new name in the same folder, hence on the same disk; files made there get the user's usual permissions."""
+    return path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
 
 
 def _old(folder: Path) -> Path:

@@ -157,13 +157,13 @@ class TableSource(AbstractSource):
         if isinstance(value, dict) and "offset" in value:
             with open(value["file"], "rb") as file:
                 file.seek(value["offset"])
-                return file.read(value["size"])
+                return bytes(file.read(value["size"]))
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if value is None:
             return None
         if isinstance(value, bytes):
-            return value
+            return bytes(value)
         value = str(value)
         if "://" in value:
             return self._remote(value)

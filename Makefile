@@ -1,0 +1,51 @@
+# Every target creates or updates .venv by itself. Needs only Python 3.11+, pip and make; nothing outside this folder is changed,
+# but for drawings kept in $DIPTYCH_CACHE (~/.cache/diptych).
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+EXTRAS := dev,demo,hf,openclip,pretrained,search,probe,log
+
+.PHONY: demo test test-slow check docs bench mini clean
+
+demo: $(VENV)/.demo
+	$(RUN)/diptych demo --out runs/demo
+
+test: $(VENV)/.dev
+	$(RUN)/python -m pytest -q
+
+test-slow: $(VENV)/.dev
+	$(RUN)/python -m pytest -q -m slow
+
+check: $(VENV)/.dev
+	$(RUN)/ruff format --check src tests examples
+	$(RUN)/ruff check src tests examples
+	$(RUN)/mypy
+	$(RUN)/python -m pytest -q tests/test_layers.py tests/test_exports.py
+
+docs: $(VENV)/.dev
+	$(RUN)/python -m pytest -q tests/test_docs.py -m "slow or not slow"
+
+bench: $(VENV)/.dev
+	$(RUN)/python benchmarks/attention.py
+
+# Remake the two models that are shipped inside the package.
+mini: $(VENV)/.dev
+	$(RUN)/python -m diptych.models.shipped
+
+clean:
+	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache src/*.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diptych needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing diptych for the demo into $(VENV) (about two minutes, PyTorch is large)"
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "Installing diptych for development into $(VENV) (about three minutes, PyTorch is large)"
+	$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@

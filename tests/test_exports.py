@@ -1,0 +1,87 @@
+import inspect
+import subprocess
+import sys
+import time
+
+import pytest
+
+import diptych
+
+PUBLIC = [
+    "AbstractObjective",
+    "AbstractSource",
+    "Batch",
+    "Columns",
+    "DiptychError",
+    "DualConfig",
+    "DualEncoder",
+    "Encoded",
+    "Interval",
+    "Losses",
+    "METHODS",
+    "PairEmbeddings",
+    "Recipe",
+    "Sample",
+    "Text",
+    "Tokens",
+    "build",
+    "compare",
+    "convert",
+    "demo",
+    "doctor",
+    "embed",
+    "embed_images",
+    "embed_texts",
+    "evaluate",
+    "evaluate_model",
+    "load",
+    "load_method",
+    "methods",
+    "open_source",
+    "search",
+    "train",
+]
+
+
+def test_public_names():
+    assert diptych.__all__ == PUBLIC
+    assert dir(diptych) == PUBLIC
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "METHODS"])
+def test_public_names_are_documented_and_typed(name):
+    value = getattr(diptych, name)
+    assert inspect.getdoc(value)
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        assert signature.return_annotation is not inspect.Signature.empty
+        assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+
+
+def test_commands_are_functions_even_after_their_packages_are_imported():
+    import diptych.evaluation.run
+    import diptych.training.loop  # noqa: F401
+
+    for name in ("train", "evaluate", "embed", "search", "doctor", "convert", "demo"):
+        assert inspect.isfunction(getattr(diptych, name))
+    assert len(diptych.methods()) == len(diptych.METHODS)
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = diptych.trian
+
+
+@pytest.mark.parametrize("code", ["import diptych", "from diptych.cli import usage; usage()"])
+def test_no_torch_is_loaded(code):
+    check = f"{code}; import sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_help_is_fast():
+    def seconds() -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "diptych", "--help"], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - began
+
+    assert min(seconds() for _ in range(5)) < 0.4
