@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-EXTRAS := dev,demo,hf,openclip,pretrained,search,probe,log
+EXTRAS := dev,demo,docs,hf,log,openclip,pretrained,probe,search
+BENCHMARKS := $(wildcard benchmarks/*.py)
 
 .PHONY: demo test test-slow check docs bench mini clean
 
@@ -18,23 +19,25 @@ test-slow: $(VENV)/.dev
 	$(RUN)/python -m pytest -q -m slow
 
 check: $(VENV)/.dev
-	$(RUN)/ruff format --check src tests examples
-	$(RUN)/ruff check src tests examples
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/python -m pytest -q tests/test_layers.py tests/test_exports.py
 
+# Pages in site/, and every example in them.
 docs: $(VENV)/.dev
+	$(RUN)/mkdocs build --strict --quiet
 	$(RUN)/python -m pytest -q tests/test_docs.py -m "slow or not slow"
 
 bench: $(VENV)/.dev
-	$(RUN)/python benchmarks/attention.py
+	@$(foreach file,$(BENCHMARKS),$(RUN)/python $(file) &&) echo "benchmarks/ holds $(words $(BENCHMARKS)) programs; all have run."
 
 # Remake the two models that are shipped inside the package.
 mini: $(VENV)/.dev
-	$(RUN)/python -m diptych.models.shipped
+	$(RUN)/python -m diptych.shipped
 
 clean:
-	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) runs site build dist .mypy_cache .ruff_cache src/*.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diptych needs Python 3.11 or newer; try make PYTHON=python3.11")'

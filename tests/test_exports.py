@@ -1,7 +1,7 @@
 import inspect
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -60,7 +60,7 @@ def test_public_names_are_documented_and_typed(name):
 
 def test_commands_are_functions_even_after_their_packages_are_imported():
     import diptych.evaluation.run
-    import diptych.training.loop  # noqa: F401
+    import diptych.training.loop
 
     for name in ("train", "evaluate", "embed", "search", "doctor", "convert", "demo"):
         assert inspect.isfunction(getattr(diptych, name))
@@ -72,7 +72,14 @@ def test_unknown_name():
         _ = diptych.trian
 
 
-@pytest.mark.parametrize("code", ["import diptych", "from diptych.cli import usage; usage()"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import diptych",
+        "from diptych.cli import main; main(['--help'])",
+        "import diptych; diptych.methods()",
+    ],
+)
 def test_no_torch_is_loaded(code):
     check = f"{code}; import sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
@@ -80,8 +87,9 @@ def test_no_torch_is_loaded(code):
 
 def test_help_is_fast():
     def seconds() -> float:
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "diptych", "--help"], check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.4
+    assert min(seconds() for _ in range(3)) < 0.4

@@ -33,8 +33,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        for path in temporary.iterdir():
+            path.chmod(temporary.stat().st_mode & 0o666)  # some writers make files that only their owner can read
             _to_disk(path)
+        _to_disk(temporary)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.replace(old)

@@ -14,47 +14,56 @@ class Bundle:
     """One data set.
 
     Attributes:
-        file: Its table, relative to the bundle's folder.
         columns: What the columns mean.
+        file: Its table, relative to the bundle's folder.
         prompts: Which prompt file suits its classes.
-        licence: In a sentence; all are for research unless it says otherwise.
+        licence: In a sentence.
     """
 
-    file: str
     columns: Columns
+    file: str = "labels.csv"
     prompts: str = "photo"
     licence: str = "Research use only."
 
 
 _CLASSES = Columns(image="image", label="label")
 _SPLIT_CLASSES = Columns(image="image", label="label", split="split")
-_CAPTIONS = Columns(image="image", texts=("captions",))
 
 BUNDLES = {
-    "cifar10": Bundle("labels.csv", Columns(image="image", label="label", split="official_split")),
-    "pacs": Bundle("labels.csv", Columns(image="image", label="label", domain="domain"), "style"),
-    "nwpu-resisc12": Bundle("labels.csv", _SPLIT_CLASSES, "overhead"),
-    "flickr8k-1k": Bundle("captions.jsonl", Columns(image="image", texts=("captions",), split="split")),
-    "omniglot": Bundle("labels.csv", Columns(image="image", label="alphabet"), licence="MIT."),
-    "clothing": Bundle("labels.csv", _SPLIT_CLASSES, licence="CC0 1.0 (public domain)."),
-    "imagenet-1k-samples": Bundle("labels.csv", _CLASSES),
-    "coco-mini": Bundle("captions.jsonl", Columns(image="image", texts=("captions",), key="image_id")),
-    "oasis-affect": Bundle("labels.csv", Columns(image="image", label="theme", domain="category")),
-    "magnetic-tile": Bundle("labels.csv", Columns(image="image", label="defect_type")),
-    "chest-radiographs": Bundle("captions.jsonl", Columns(image="image", texts=("label_sentence",))),
+    "brain-92-objects": Bundle(Columns(image="image", label="category"), "stimuli.csv"),
+    "camvid": Bundle(Columns(image="image", split="split")),
+    "chest-radiographs": Bundle(
+        Columns(image="image", texts=("label_sentence",), group="group"),
+        "captions.jsonl",
+        licence="Non-commercial research use only, not for clinical use; each image has its own licence.",
+    ),
+    "cifar10": Bundle(Columns(image="image", label="label", split="official_split")),
+    "clothing": Bundle(_SPLIT_CLASSES, licence="CC0 1.0 (public domain)."),
+    "coco-mini": Bundle(
+        Columns(image="image", texts=("captions",), key="image_id"),
+        "captions.jsonl",
+        licence="Captions CC BY 4.0; each photo keeps its Flickr licence, many are non-commercial. Research use only.",
+    ),
+    "flickr8k-1k": Bundle(Columns(image="image", texts=("captions",), split="split"), "captions.jsonl"),
+    "imagenet-1k-samples": Bundle(_CLASSES),
+    "magnetic-tile": Bundle(Columns(image="image", label="defect_type")),
+    "nwpu-resisc12": Bundle(_SPLIT_CLASSES, prompts="overhead"),
+    "oasis-affect": Bundle(Columns(image="image", label="theme", domain="category")),
+    "omniglot": Bundle(Columns(image="image", label="alphabet"), licence="MIT."),
+    "pacs": Bundle(Columns(image="image", label="label", domain="domain"), prompts="style"),
 }
 
 
-def bundle(name: str, split: str | None = None, *, columns: Columns = Columns()) -> AbstractSource:
-    """Return one data set, or one part of it.
+def bundle(name: str, split: str | None = None, *, columns: Columns | None = None) -> AbstractSource:
+    """Return the images, texts and labels of one data set, or of one part of it. Boxes and masks are not read here.
 
     Args:
         name: A key of `BUNDLES`.
         split: A value of the bundle's split column, if it has one.
-        columns: Overrides the bundle's own.
+        columns: In place of the bundle's own.
 
     Raises:
-        DataError: If `DIPTYCH_DATA` is unset or the bundle is not in it.
+        DataError: If `DIPTYCH_DATA` is unset, the bundle is not in it, or the split is unknown.
     """
     if name not in BUNDLES:
         raise DataError(f"There is no bundle {name!r}. {nearest(name, BUNDLES)}")
@@ -68,8 +77,18 @@ def bundle(name: str, split: str | None = None, *, columns: Columns = Columns())
         raise DataError(
             f"{folder} has no {record.file}; DIPTYCH_DATA must name the folder that holds the bundle {name!r}."
         )
-    table = read_table(folder / record.file)
+    meaning = record.columns if columns in (None, Columns()) else columns
     notes = (f"Bundle {name}: {record.licence}",)
-    return from_table(
-        table, folder, name, columns=record.columns if columns == Columns() else columns, split=split, notes=notes
-    )
+    return from_table(read_table(folder / record.file), folder, name, columns=meaning, split=split, notes=notes)
+
+
+def class_names(source: AbstractSource) -> tuple[str, ...]:
+    """Return the labels of a source, sorted.
+
+    Raises:
+        DataError: If no sample has a label.
+    """
+    names = {source[index].label for index in range(len(source))} - {None}
+    if not names:
+        raise DataError(f"{source.name} has no labels. Name the column that holds them with columns.label.")
+    return tuple(sorted(map(str, names)))

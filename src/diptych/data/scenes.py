@@ -359,7 +359,7 @@ def draw_background(plan: Plan, size: int) -> UInt8[np.ndarray, "size size 3"]:
     elif plan.background == "stripes":
         width = int(rng.integers(3, 8))
         field = np.where((np.arange(size) // width) % 2, 8, -8)[:, None] * np.ones((1, size))
-    return np.clip(shade + field[..., None], 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(shade + field[..., None], 0, 255), dtype=np.uint8)
 
 
 @lru_cache(maxsize=8192)

@@ -1,19 +1,25 @@
 """Where samples come from: anything with a length and random access. `open_source` finds out what a path holds."""
 
+import bisect
+import glob
 import hashlib
-import re
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diptych.data.tables import IMAGE_SUFFIXES, TABLE_SUFFIXES, read_folder, read_table, read_tars
-from diptych.errors import ColumnError, DataError, ImageError, nearest, require
-from diptych.types import Role, Sample, Text
+from diptych.data.columns import Columns as Columns
+from diptych.data.columns import role_of, sniff
+from diptych.data.rows import count_without_text, image_folder, join_captions, only_part, with_keys, without_categories
+from diptych.data.tables import join_tables, read_folder
+from diptych.data.tar import is_tar, read_tars
+from diptych.errors import DataError, ImageError, nearest, require
+from diptych.types import Sample, Text
 
 
 class AbstractSource(ABC):
@@ -37,6 +43,9 @@ class AbstractSource(ABC):
         Raises:
             ImageError: If the image is missing.
         """
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
 
     @abstractmethod
     def texts(self, index: int) -> tuple[Text, ...]:
@@ -71,66 +80,52 @@ class Subset(AbstractSource):
         return self.source.texts(self.indices[index])
 
 
-@dataclass(frozen=True)
-class Columns:
-    """What the columns of a table mean. Whatever is None or empty is found by name, then by content.
+class Joined(AbstractSource):
+    """Several sources one after another; keys are unique as long as each source's name is."""
 
-    Attributes:
-        image: Paths, encoded bytes, or {bytes, path} structs.
-        texts: Strings or lists of strings. `caption_de` is a translation, `rewrite...`, `synthetic...` and `negative...` have those roles.
-        label: Class names.
-        key: Unique names of samples.
-        group: Equal values are positives of each other.
-        domain: Style or origin.
-        split: Which part a row belongs to.
-    """
+    def __init__(self, sources: Sequence[AbstractSource]) -> None:
+        self.sources = list(sources)
+        self.name = "+".join(source.name for source in sources)
+        self.notes = tuple(note for source in sources for note in source.notes)
+        self._ends = list(itertools.accumulate(map(len, sources)))
 
-    image: str | None = None
-    texts: tuple[str, ...] = ()
-    label: str | None = None
-    key: str | None = None
-    group: str | None = None
-    domain: str | None = None
-    split: str | None = None
+    def __len__(self) -> int:
+        return self._ends[-1]
 
+    def __getitem__(self, index: int) -> Sample:
+        source, own = self._find(index)
+        sample = source[own]
+        return replace(sample, key=f"{source.name}/{sample.key}", group=f"{source.name}/{sample.group}")
 
-_NAMES = {
-    "image": "image img imagepath imagefile imagefilename imagename filepath file filename path photo picture jpg png",
-    "label": "label class category cls target classname",
-    "key": "key id uid uuid imageid sampleid",
-    "group": "group groupid",
-    "domain": "domain style",
-    "split": "split subset partition",
-}
-_TEXT_NAMES = "caption captions text texts title description alt alttext sentence sentences name prompt rewrite synthetic negative"
-_LANGUAGES = "ar cs da de el en es fa fi fr he hi hu id it ja ko nl no pl pt ro ru sv th tr uk vi zh".split()
-_ROLES: dict[str, Role] = {
-    "rewrit": "rewrite",
-    "synthetic": "synthetic",
-    "generated": "synthetic",
-    "negative": "hard_negative",
-}
+    def texts(self, index: int) -> tuple[Text, ...]:
+        """Return the texts of one sample."""
+        source, own = self._find(index)
+        return source.texts(own)
+
+    def _find(self, index: int) -> tuple[AbstractSource, int]:
+        place = bisect.bisect_right(self._ends, index)
+        return self.sources[place], index - (self._ends[place - 1] if place else 0)
 
 
 class TableSource(AbstractSource):
-    """Rows of an Arrow table. Images are read when a sample is."""
+    """Rows of an Arrow table. Images are read when a sample is; nothing is kept open, so a copy works in any process."""
 
     def __init__(self, table: pa.Table, columns: Columns, folder: Path, name: str, notes: tuple[str, ...] = ()) -> None:
         self.table, self.columns, self.folder, self.name, self.notes = table, columns, folder, name, notes
         roles = [role_of(column) for column in columns.texts]
-        if roles and not any(role == "caption" for role, _ in roles):
+        if roles and all(role == "translation" for role, _ in roles):
             roles[0] = ("caption", roles[0][1])
         self._roles = roles
-        self._key = next((c for c in (columns.key, columns.image) if c is not None and _is_unique(table[c])), None)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def __getitem__(self, index: int) -> Sample:
-        key = self._value(self._key, index) or f"row-{index}"
+        image = None if self.columns.image is None else self.table[self.columns.image][index].as_py()
+        key = self._value(self.columns.key, index) or f"row-{index}"
         return Sample(
             key=key,
-            image=None if self.columns.image is None else self._image(self.table[self.columns.image][index].as_py()),
+            image=None if image is None else self._image(image),
             texts=self.texts(index),
             group=self._value(self.columns.group, index) or key,
             label=self._value(self.columns.label, index),
@@ -139,12 +134,12 @@ class TableSource(AbstractSource):
 
     def texts(self, index: int) -> tuple[Text, ...]:
         """Return the texts of one row that are not empty; the label when there are none."""
-        found = []
+        found, spoken = [], self._value(self.columns.language, index)
         for column, (role, language) in zip(self.columns.texts, self._roles, strict=True):
             value = self.table[column][index].as_py()
             for text in value if isinstance(value, list) else [value]:
                 if text is not None and str(text).strip():
-                    found.append(Text(str(text), role, language))
+                    found.append(Text(str(text), role, language or spoken))
         label = self._value(self.columns.label, index)
         return tuple(found) or ((Text(label.replace("_", " "), "label"),) if label else ())
 
@@ -155,44 +150,44 @@ class TableSource(AbstractSource):
     def _image(self, value: Any) -> bytes | None:
         """Return the encoded bytes behind an image cell."""
         if isinstance(value, dict) and "offset" in value:
-            with open(value["file"], "rb") as file:
-                file.seek(value["offset"])
-                return bytes(file.read(value["size"]))
+            return _read(Path(value["file"]), value["offset"], value["size"])
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-        if value is None:
-            return None
-        if isinstance(value, bytes):
-            return bytes(value)
-        value = str(value)
-        if "://" in value:
-            return self._remote(value)
-        path = self.folder / value
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ImageError(
-                f"The image {path} cannot be read: {error.strerror}. Correct the path or drop the row."
-            ) from error
-
-    def _remote(self, address: str) -> bytes:
-        import fsspec
-
-        try:
-            with fsspec.open(address, "rb") as file:
-                return bytes(file.read())
-        except Exception as error:  # each protocol raises its own kind
-            raise ImageError(f"The image {address} cannot be read: {error}") from error
+        if value is None or isinstance(value, bytes):
+            return value
+        return _fetch(str(value)) if "://" in str(value) else _read(self.folder / str(value))
 
 
-def open_source(spec: str | Path, *, columns: Columns = Columns(), split: str | None = None) -> AbstractSource:
+def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise ImageError(f"The image {path} cannot be read: {error}. Correct the path or drop the row.") from error
+
+
+def _fetch(address: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(address, "rb") as file:
+            return bytes(file.read())
+    except Exception as error:  # each protocol raises its own kind
+        raise ImageError(
+            f"The image {address} cannot be read: {error}. Correct the address or drop the row."
+        ) from error
+
+
+def open_source(spec: str | Path, *, columns: Columns | None = None, split: str | None = None) -> AbstractSource:
     """Return the samples behind a name or a path.
 
     Args:
         spec: A folder (a.jpg with a.txt, one folder per class, images with a table, parquet files, tar shards), a csv, tsv, jsonl,
             parquet or tar file, a pattern such as `shards/*.tar`, `hf:` and a data set of the `datasets` library, a bundle in
-            `DIPTYCH_DATA` such as `flickr8k-1k:train`, `openmoji:train`, or `scenes:train`.
-        columns: Overrides what would be found by itself.
+            `DIPTYCH_DATA` such as `flickr8k-1k`, `openmoji`, or `scenes`. `:train` behind any of them names a part;
+            `a+b` puts one after the other.
+        columns: What is said here is not guessed; None guesses all.
         split: Which rows, if the table has a split column; `name:split` says the same.
 
     Raises:
@@ -200,24 +195,37 @@ def open_source(spec: str | Path, *, columns: Columns = Columns(), split: str | 
         ColumnError: If a named column is missing.
     """
     text = str(spec)
+    if text and Path(text).exists():
+        return _from_path(Path(text), columns, split)
+    if paths := sorted(map(Path, glob.glob(text))):
+        return _from_files(paths, text, columns, split)
+    base, _, part = text.rpartition(":")
+    if base and Path(base).exists():
+        return _from_path(Path(base), columns, split or part)
+    if "+" in text:
+        return Joined([open_source(one, columns=columns, split=split) for one in text.split("+")])
     if text.startswith("hf:"):
         return from_datasets(_load_dataset(text.removeprefix("hf:"), split), columns=columns, name=text)
-    path = Path(text)
-    if any(letter in text for letter in "*?[") and (tars := sorted(path.parent.glob(path.name))):
-        return from_table(read_tars(tars), path.parent, text, columns=columns, split=split)
-    if not path.exists() and not path.suffix:
-        name, _, part = text.partition(":")
-        return _named(name, split or part or None, columns)
-    if path.is_dir():
-        table, folder, note = read_folder(path)
-        return from_table(table, folder, path.name or text, columns=columns, split=split, notes=(note,))
-    if not path.exists():
+    if "/" in text or Path(text).suffix:
         raise DataError(f"There is no file or folder {text}.")
-    if path.name.endswith((".tar", ".tgz")) or ".tar." in path.name:
-        return from_table(read_tars([path]), path.parent, path.name, columns=columns, split=split)
-    if path.suffix not in TABLE_SUFFIXES:
-        raise DataError(f"{path} ends in {path.suffix!r}. Known: a folder, .tar, {', '.join(TABLE_SUFFIXES)}.")
-    return from_table(read_table(path), path.parent, path.name, columns=columns, split=split)
+    name, _, part = text.partition(":")
+    return _named(name, split or part or None, columns)
+
+
+def _from_path(path: Path, columns: Columns | None, split: str | None) -> AbstractSource:
+    if not path.is_dir():
+        return _from_files([path], path.name, columns, split)
+    name = path.resolve().name
+    if tars := sorted(inside for inside in path.iterdir() if is_tar(inside)):
+        return _from_files(tars, name, columns, split)
+    table, note = read_folder(path)
+    return from_table(table, path, name, columns=columns, split=split, notes=(note,))
+
+
+def _from_files(paths: list[Path], name: str, columns: Columns | None, split: str | None) -> AbstractSource:
+    table = read_tars(paths) if all(map(is_tar, paths)) else join_tables(paths)
+    notes = (f"{len(paths):,} files, from {paths[0].name} to {paths[-1].name}.",) if len(paths) > 1 else ()
+    return from_table(table, paths[0].parent, name, columns=columns, split=split, notes=notes)
 
 
 def from_table(
@@ -225,26 +233,45 @@ def from_table(
     folder: Path,
     name: str,
     *,
-    columns: Columns = Columns(),
+    columns: Columns | None = None,
     split: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> AbstractSource:
-    """Return a source over a table whose columns are named by `columns` or found out, with notes on what was assumed."""
-    found = sniff(table, columns)
+    """Return a source over a table whose columns are named by `columns` or found out, with notes on what was assumed.
+
+    Args:
+        table: One row per image, or per caption of an image.
+        folder: What image paths in the table are relative to; a folder right below it is taken when the images lie there.
+        name: For logs and reports.
+        columns: What is said here is not guessed; None guesses all.
+        split: Which rows, by the split column.
+        notes: Sentences to put before those on the columns.
+
+    Raises:
+        ColumnError: If a named column is missing, or a split is named and there is no split column.
+        DataError: If no row belongs to the split.
+    """
+    table = without_categories(table)
+    found = sniff(table, columns or Columns())
+    said = [f"{f.name} = {getattr(found, f.name)!r}" for f in fields(found) if getattr(found, f.name)]
+    notes += (f"Columns: {', '.join(said)}." if said else "No column's name or content tells its meaning.",)
     if split is not None:
-        table, name = _only(table, found.split, split), f"{name}:{split}"
-    elif found.split is not None:
-        parts = ", ".join(sorted(map(str, pc.unique(table[found.split]).to_pylist())))
-        notes += (f"All parts of column {found.split!r} are read together ({parts}); name one with `name:split`.",)
-    before = table.num_rows
-    table = _join_repeats(table, found)
-    if table.num_rows < before:
-        notes += (f"{before:,} rows name {table.num_rows:,} images: rows with one image are its several captions.",)
-    named = [f"{f.name} = {getattr(found, f.name)!r}" for f in fields(found) if getattr(found, f.name)]
-    return TableSource(table, found, folder, name, (*notes, f"Columns: {', '.join(named)}."))
+        table, name = only_part(table, found.split, split), f"{name}:{split}"
+    elif found.split is not None and len(parts := sorted(map(str, pc.unique(table[found.split]).to_pylist()))) > 1:
+        notes += (f"All parts of column {found.split!r} are read ({', '.join(parts)}); name one with `name:split`.",)
+    joined = join_captions(table, found)
+    if (images := joined.num_rows) < table.num_rows:
+        notes += (f"{table.num_rows:,} rows name {images:,} images: rows with one image are its several captions.",)
+    if without := count_without_text(joined, found.texts) if found.texts else 0:
+        notes += (f"{without:,} of {images:,} samples have no text in {', '.join(found.texts)}.",)
+    base = image_folder(joined, found.image, folder)
+    if base != folder:
+        notes += (f"Image paths are relative to {base}.",)
+    keyed, found, repeats = with_keys(joined, found)
+    return TableSource(keyed, found, base, name, (*notes, *repeats))
 
 
-def from_datasets(dataset: Any, *, columns: Columns = Columns(), name: str = "dataset") -> AbstractSource:
+def from_datasets(dataset: Any, *, columns: Columns | None = None, name: str = "dataset") -> AbstractSource:
     """Return a source over a `datasets.Dataset`; images stay encoded, class numbers become names."""
     datasets = require("datasets", "hf")
     classes = {}
@@ -255,135 +282,41 @@ def from_datasets(dataset: Any, *, columns: Columns = Columns(), name: str = "da
             classes[column] = feature.names
     table = dataset.with_format("arrow")[:]
     for column, names in classes.items():
-        values = [None if value is None else names[value] for value in table[column].to_pylist()]
-        table = table.set_column(table.column_names.index(column), column, pa.array(values, pa.string()))
+        number = table[column]  # -1 is the library's sign for unlabelled
+        labels = pa.array(names, pa.string()).take(pc.if_else(pc.less(number, 0), None, number))
+        table = table.set_column(table.column_names.index(column), column, labels)
     return from_table(table, Path(), name, columns=columns)
 
 
 def describe(source: AbstractSource, *, count: int = 3) -> Iterator[str]:
-    """Yield sentences about a source: size, assumptions, and the texts of its first samples."""
+    """Yield sentences about a source: size, assumptions, and the texts of its first `count` samples."""
     yield f"{source.name}: {len(source):,} samples."
     yield from source.notes
     for index in range(min(count, len(source))):
         texts = source.texts(index)
         more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
-        yield f"  sample {index}: {texts[0].text!r} as {texts[0].role}{more}" if texts else f"  sample {index}: no text"
-
-
-def sniff(table: pa.Table, given: Columns) -> Columns:
-    """Return `given` with every gap filled by a column whose name, or else whose content, fits.
-
-    Raises:
-        ColumnError: If a given column is not there.
-    """
-    for name in (*(getattr(given, f.name) for f in fields(given) if f.name != "texts"), *given.texts):
-        if name is not None and name not in table.column_names:
-            raise ColumnError(f"There is no column {name!r}. {nearest(name, table.column_names)}")
-    found = given
-    for field, names in _NAMES.items():
-        if getattr(found, field) is None:
-            match = next((c for c in table.column_names if _plain(c) in names.split() and c not in _used(found)), None)
-            found = replace(found, **{field: match})  # type: ignore[arg-type]
-    if found.image is None:
-        candidates = (c for c in table.column_names if c not in _used(found) and _holds_images(table[c]))
-        found = replace(found, image=next(candidates, None))
-    if not found.texts:
-        rest = [c for c in table.column_names if c not in _used(found) and _holds_text(table[c])]
-        texts = tuple(c for c in rest if _is_text_name(c))
-        longest = max(rest, key=lambda c: _mean_length(table[c]), default=None)
-        if not texts and longest is not None and (found.label is None or _mean_length(table[longest]) > 15):
-            texts = (longest,)
-        found = replace(found, texts=texts)
-    return found
-
-
-def role_of(column: str) -> tuple[Role, str | None]:
-    """Return the role and the language that a column's name tells."""
-    words = re.split(r"[^a-z]+", column.lower())
-    language = words[-1] if words[-1] in _LANGUAGES else None
-    role = next((role for start, role in _ROLES.items() if any(start in word for word in words)), None)
-    return role or ("translation" if language not in (None, "en") else "caption"), language
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def _used(columns: Columns) -> set[str]:
-    return {getattr(columns, f.name) for f in fields(columns) if f.name != "texts"} | set(columns.texts)
-
-
-def _is_text_name(column: str) -> bool:
-    words = [word for word in re.split(r"[^a-z]+", column.lower()) if word]
-    known = _TEXT_NAMES.split()
-    return bool(words) and (
-        _plain(column) in known or words[0] in known or (len(words) == 1 and words[0] in _LANGUAGES)
-    )
-
-
-def _head(column: pa.ChunkedArray) -> list[Any]:
-    return [value for value in column.slice(0, 50).to_pylist() if value is not None]
-
-
-def _holds_images(column: pa.ChunkedArray) -> bool:
-    """Return whether the first cells look like images: bytes, {bytes, path}, or names with an image's ending."""
-    values = _head(column)
-    if pa.types.is_struct(column.type):
-        return bool(values) and "bytes" in values[0]
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return bool(values)
-    return bool(values) and all(isinstance(v, str) and v.lower().endswith(IMAGE_SUFFIXES) for v in values)
-
-
-def _holds_text(column: pa.ChunkedArray) -> bool:
-    inner = (
-        column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else column.type
-    )
-    return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner)) and bool(_head(column))
-
-
-def _mean_length(column: pa.ChunkedArray) -> float:
-    values = _head(column)
-    return sum(len(str(value)) for value in values) / max(1, len(values))
-
-
-def _is_unique(column: pa.ChunkedArray) -> bool:
-    plain = pa.types.is_string(column.type) or pa.types.is_integer(column.type)
-    return bool(plain and column.null_count == 0 and pc.count_distinct(column).as_py() == len(column))
-
-
-def _only(table: pa.Table, column: str | None, split: str) -> pa.Table:
-    if column is None:
-        raise ColumnError(
-            f"The part {split!r} was asked for, but no column tells parts apart. Name it with columns.split."
+        yield (
+            f"  sample {index}: {_short(texts[0].text)!r} as {texts[0].role}{more}"
+            if texts
+            else f"  sample {index}: no text"
         )
-    kept = table.filter(pc.equal(table[column], split))
-    if kept.num_rows == 0:
-        known = map(str, pc.unique(table[column]).to_pylist())
-        raise DataError(f"No row has {split!r} in column {column!r}. {nearest(split, known)}")
-    return kept
 
 
-def _join_repeats(table: pa.Table, columns: Columns) -> pa.Table:
-    """Return one row per image where several rows name the same file, as in Flickr's one caption per line."""
-    image = columns.image
-    if image is None or not pa.types.is_string(table[image].type) or _is_unique(table[image]):
-        return table
-    texts = [c for c in columns.texts if pa.types.is_string(table[c].type)]
-    if not texts:
-        return table
-    rest = [c for c in table.column_names if c not in (image, *texts)]
-    sums = [(c, "list") for c in texts] + [(c, "first") for c in rest]
-    joined = table.group_by(image, use_threads=False).aggregate(sums)
-    return joined.rename_columns([re.sub(r"_(list|first)$", "", c) if c != image else c for c in joined.column_names])
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _load_dataset(name: str, split: str | None) -> Any:
     """Return a data set: a folder that `save_to_disk` wrote, else whatever `datasets.load_dataset` finds."""
     datasets = require("datasets", "hf")
-    name, _, part = name.partition(":")
-    split = split or part or None
-    found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    base, _, part = name.rpartition(":")
+    name, split = (base, split or part) if base else (name, split)
+    try:
+        found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    except Exception as error:  # the library lets many kinds through
+        raise DataError(
+            f"{name!r} is no folder that `save_to_disk` wrote, and `datasets.load_dataset` cannot give it: {error}"
+        ) from error
     if not isinstance(found, datasets.DatasetDict):
         return found
     if split is None and len(found) == 1:
@@ -393,7 +326,7 @@ def _load_dataset(name: str, split: str | None) -> Any:
     return found[split]
 
 
-def _named(name: str, split: str | None, columns: Columns) -> AbstractSource:
+def _named(name: str, split: str | None, columns: Columns | None) -> AbstractSource:
     """Return a source that has a name instead of a path."""
     from diptych.data.bundles import BUNDLES, bundle
     from diptych.data.openmoji import openmoji

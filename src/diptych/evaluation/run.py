@@ -34,6 +34,7 @@ class Evaluation:
         settings: Model, source, counts, prompts.
         seconds: Wall time by phase: data, train, evaluate, total.
         embedded: What it was measured on, for galleries.
+        notes: What the reader of the numbers must know, in sentences.
     """
 
     retrieval: Retrieval | None
@@ -43,6 +44,7 @@ class Evaluation:
     settings: Mapping[str, Any]
     seconds: Mapping[str, float]
     embedded: Embedded = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what `metrics.json` holds."""
@@ -59,12 +61,13 @@ class Evaluation:
                 **({"top5": _interval_json(found.top5)} if found.top5 else {}),
                 "mean_per_class": _interval_json(found.mean_per_class),
                 "by_domain": {name: _interval_json(value) for name, value in found.by_domain.items()},
-                "chance": 1 / len(found.classes),
             }
         for name, probe in (("linear_probe", self.linear_probe), ("nearest_neighbours", self.nearest_neighbours)):
             if probe is not None:
                 result[name] = {"accuracy": _interval_json(probe.accuracy), "setting": probe.setting}
-        return result | {"seconds": dict(self.seconds), "settings": dict(self.settings)}
+        chance = {name: self.chance(name) for name in self.headline()}
+        record = {"seconds": self.seconds, "settings": self.settings, "chance": chance, "notes": self.notes}
+        return result | to_json(record)  # type: ignore[no-any-return]
 
     def headline(self) -> dict[str, Interval]:
         """Return the numbers to print, by name."""
@@ -80,16 +83,19 @@ class Evaluation:
             found["nearest_neighbours/accuracy"] = self.nearest_neighbours.accuracy
         return found
 
-    def chance(self, name: str) -> float | None:
-        """Return what a number of `headline` would be by guessing, None where that is not simple."""
-        if self.zeroshot is not None and name == "zeroshot/top1":
-            return 1 / len(self.zeroshot.classes)
-        if self.retrieval is not None and "/recall@" in name:
-            direction, _, k = name.partition("/recall@")
-            found = dict(_directions(self.retrieval))[direction]
-            right = len(self.embedded.captions) / len(self.embedded.keys) if direction == "image_to_text" else 1.0
-            return min(1.0, int(k) * right / found.candidates)
-        return None
+    def chance(self, name: str) -> float:
+        """Return what a number of `headline` would be by guessing."""
+        values: dict[str, float] = {}
+        if self.retrieval is not None:
+            for side, direction in _directions(self.retrieval):
+                values |= {f"{side}/recall@{k}": value for k, value in direction.chance.items()}
+        if self.zeroshot is not None:
+            values["zeroshot/top1"] = 1 / len(self.zeroshot.classes)
+        if self.linear_probe is not None:
+            values["linear_probe/accuracy"] = self.linear_probe.chance
+        if self.nearest_neighbours is not None:
+            values["nearest_neighbours/accuracy"] = self.nearest_neighbours.chance
+        return values[name]
 
 
 def evaluate_model(
@@ -124,10 +130,13 @@ def evaluate_model(
     """
     began = time.perf_counter()
     embedded = embed_source(model, source, language=language, batch_size=batch_size, progress=progress)
-    possible: dict[Task, bool] = {"retrieval": bool(embedded.captions), "zeroshot": all(embedded.labels)}
+    possible: dict[Task, bool] = {"retrieval": bool(embedded.captions), "zeroshot": _classifiable(embedded)}
     wanted = tasks or tuple(task for task, allowed in possible.items() if allowed)
     if not wanted:
-        raise EvaluationError(f"{source.name} has neither captions nor labels, so there is nothing to measure.")
+        raise EvaluationError(
+            f"{source.name} has neither captions nor labels of two classes on every image, so there is nothing to measure. "
+            "Name the columns that hold them with columns.texts or columns.label."
+        )
     settings: dict[str, Any] = {
         "model": name,
         "source": source.name,
@@ -135,6 +144,7 @@ def evaluate_model(
         "images": len(embedded.keys),
         "captions": len(embedded.captions),
         "skipped": len(embedded.skipped),
+        "language": language,
         "seed": seed,
         "image_policy": to_json(model.image_policy),
     }
@@ -143,14 +153,22 @@ def evaluate_model(
         found_retrieval = measure_retrieval(embedded, seed=seed)
     if "zeroshot" in wanted:
         found_zeroshot = _measure_zeroshot(model, embedded, prompts, seed)
-        settings |= {"prompts": prompts, "prompts_hash": found_zeroshot.prompts.digest}
+        settings |= {
+            "classes": len(found_zeroshot.classes),
+            "prompts": prompts,
+            "prompts_hash": found_zeroshot.prompts.digest,
+        }
     if probe_source is not None:
         train = embed_source(model, probe_source, language=language, batch_size=batch_size, progress=progress)
         classes = sorted({label for label in train.labels if label is not None})
         features = (train.images, _indices(train, classes), embedded.images, _indices(embedded, classes))
         found_linear = linear_probe(*features, seed=seed)
         found_neighbours = nearest_neighbours(*features, seed=seed)
-        settings |= {"probe_source": probe_source.name, "probe_images": len(train.keys)}
+        settings |= {
+            "probe_source": probe_source.name,
+            "probe_images": len(train.keys),
+            "probe_fingerprint": probe_source.fingerprint,
+        }
     seconds = time.perf_counter() - began
     return Evaluation(
         found_retrieval,
@@ -160,31 +178,40 @@ def evaluate_model(
         settings,
         {"data": 0.0, "train": 0.0, "evaluate": seconds, "total": seconds},
         embedded,
+        _notes(embedded, found_retrieval),
     )
 
 
 def measure_retrieval(embedded: Embedded, *, seed: int = 0) -> Retrieval:
-    """Return recall both ways between the images that have captions and those captions."""
+    """Return recall both ways between the images that have captions and those captions.
+
+    Images of one group, and captions that are equal but for case and white space, are right answers for each other.
+
+    Raises:
+        EvaluationError: If there is no caption.
+    """
     rows = sorted(set(embedded.owner))
     if not rows:
         raise EvaluationError("Retrieval needs captions; no sample has one.")
     place = {row: position for position, row in enumerate(rows)}
     owner = torch.tensor([place[row] for row in embedded.owner])
-    return retrieval(embedded.images[rows], embedded.texts, owner, seed=seed)
+    return retrieval(
+        embedded.images[rows],
+        embedded.texts,
+        owner,
+        image_group=_numbers([embedded.groups[row] for row in rows]),
+        text_group=_numbers([" ".join(caption.casefold().split()) for caption in embedded.captions]),
+        seed=seed,
+    )
 
 
 def compare(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str, Interval]:
     """Return second minus first for every number both have, paired over the same items.
 
     Raises:
-        EvaluationError: If the two were not measured on the same items with the same prompts.
+        EvaluationError: If images, captions, labels, prompts or the training samples of the probes differ.
     """
-    for key in ("fingerprint", "prompts_hash", "images", "captions"):
-        if first.settings.get(key) != second.settings.get(key):
-            raise EvaluationError(
-                f"The evaluations differ in {key} ({first.settings.get(key)} and {second.settings.get(key)}); "
-                "a paired comparison needs the same items and prompts."
-            )
+    _check_same(first, second)
     found: dict[str, Interval] = {}
     if first.retrieval is not None and second.retrieval is not None:
         pairs = zip(_directions(first.retrieval), _directions(second.retrieval), strict=True)
@@ -211,11 +238,62 @@ def _measure_zeroshot(model: DualEncoder, embedded: Embedded, prompts: str, seed
     return zero_shot(embedded.images, vectors, labels, classes, templates, domains=embedded.domains, seed=seed)
 
 
+def _classifiable(embedded: Embedded) -> bool:
+    return None not in embedded.labels and len(set(embedded.labels)) > 1
+
+
+def _check_same(first: Evaluation, second: Evaluation) -> None:
+    one, two = first.embedded, second.embedded
+    pairs: dict[str, tuple[object, object]] = {
+        "images": (one.keys, two.keys),
+        "captions": (one.captions, two.captions),
+        "labels": (one.labels, two.labels),
+    }
+    if first.zeroshot is not None and second.zeroshot is not None:
+        pairs["prompts"] = (first.zeroshot.prompts, second.zeroshot.prompts)
+    if first.linear_probe is not None and second.linear_probe is not None:
+        pairs["probe training samples"] = (first.settings["probe_fingerprint"], second.settings["probe_fingerprint"])
+    if different := [name for name, (a, b) in pairs.items() if a != b]:
+        raise EvaluationError(
+            f"A paired comparison needs two evaluations of the same items; these differ in {', '.join(different)} "
+            f"(sources {first.settings['source']} and {second.settings['source']}). Evaluate both models again in the same way."
+        )
+
+
+def _notes(embedded: Embedded, found: Retrieval | None) -> tuple[str, ...]:
+    """Return sentences on what was left out and on numbers that say nothing."""
+    notes = []
+    if embedded.skipped:
+        notes.append(
+            f"{len(embedded.skipped)} images could not be read and were left out. First: {embedded.skipped[0]}"
+        )
+    if found is not None:
+        captioned = len(set(embedded.owner))
+        if captioned < len(embedded.keys):
+            notes.append(f"{len(embedded.keys) - captioned} images without a caption take no part in retrieval.")
+        for name, direction in _directions(found):
+            if trivial := [k for k in direction.recall if k >= direction.candidates]:
+                words = ", ".join(f"recall@{k}" for k in trivial)
+                notes.append(
+                    f"{name}: there are only {direction.candidates} candidates, so {words} is 1 for every model."
+                )
+    return tuple(notes)
+
+
+def _numbers(names: list[str]) -> Tensor:
+    """Return one number per name, equal for equal names."""
+    place = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([place[name] for name in names])
+
+
 def _indices(embedded: Embedded, classes: list[str]) -> Tensor:
     place = {name: row for row, name in enumerate(classes)}
     strange = sorted({str(label) for label in embedded.labels if label not in place})
     if strange:
-        raise EvaluationError(f"Every image needs a label among {classes[:10]}; found {strange[:5]}.")
+        raise EvaluationError(
+            f"Every image needs one of the {len(classes)} known labels ({', '.join(classes[:10])}, ...); found {strange[:5]}. "
+            "Drop those images, or use the same labels in both sources."
+        )
     return torch.tensor([place[str(label)] for label in embedded.labels])
 
 

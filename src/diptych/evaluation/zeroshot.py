@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.errors import ConfigError, EvaluationError, nearest
-from diptych.evaluation.stats import bootstrap
+from diptych.evaluation.ranking import check_finite, ranks
+from diptych.evaluation.stats import bootstrap, bootstrap_strata
 from diptych.types import Interval
 
 
@@ -41,7 +43,7 @@ class ZeroShot:
     Attributes:
         top1: Share of images whose class is nearest; 1 / classes at chance.
         top5: Share of images whose class is among the five nearest; None with fewer than six classes.
-        mean_per_class: Mean over classes of their top-1, so that every class counts alike.
+        mean_per_class: Mean over classes of their top-1 (balanced accuracy), so that every class counts alike.
         by_domain: Top-1 within each domain, if the source has domains.
         correct: Per image, 1.0 if its class is nearest.
         classes: Class names, in order.
@@ -94,7 +96,7 @@ def zero_shot(
     domains: Sequence[str | None] = (),
     seed: int = 0,
 ) -> ZeroShot:
-    """Return accuracies with intervals; ties go against the model.
+    """Return accuracies with intervals; ties go against the model, see `ranking`.
 
     Args:
         images: L2-normalised embeddings.
@@ -110,20 +112,15 @@ def zero_shot(
     """
     if len(classes) < 2:
         raise EvaluationError(f"Classification needs at least two classes; there is only {list(classes)}.")
-    if not (images.isfinite().all() and class_vectors.isfinite().all()):
-        raise EvaluationError("Some embeddings are not finite. The model is broken: look at the training log.")
-    scores = images @ class_vectors.T
-    own = scores.gather(1, labels[:, None])
-    rank = (scores >= own).sum(1).sub(1).numpy()
+    check_finite(images, class_vectors)
+    rows = torch.arange(len(classes))
+    rank = ranks(images, class_vectors, labels, rows, torch.stack([rows, rows], dim=1))[0].numpy()
     correct = (rank == 0).astype(np.float64)
-    per_class = np.array(sorted(set(labels.tolist())))
-    weight = 1 / np.bincount(labels.numpy(), minlength=len(classes))[labels.numpy()]
-    balanced = correct * weight * len(labels) / len(per_class)
     domain_array = np.array(domains)
     return ZeroShot(
         top1=bootstrap(correct, seed=seed),
         top5=bootstrap((rank < 5).astype(np.float64), seed=seed) if len(classes) > 5 else None,
-        mean_per_class=bootstrap(balanced, seed=seed),
+        mean_per_class=bootstrap_strata(correct, labels.numpy(), seed=seed),
         by_domain={
             str(name): bootstrap(correct[domain_array == name], seed=seed) for name in sorted({d for d in domains if d})
         },

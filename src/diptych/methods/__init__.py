@@ -1,6 +1,7 @@
 """The hand-written table of methods. Importing it imports no method and no torch."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -33,7 +34,7 @@ class Method:
     state: State = "planned"
 
 
-METHODS: dict[str, Method] = {
+METHODS: Mapping[str, Method] = {
     method.slug: method
     for method in (
         Method("clip", "objective", "CLIP: symmetric InfoNCE", "Radford et al., ICML 2021", "2103.00020", "works"),
@@ -136,7 +137,7 @@ def load_method(slug: str) -> ModuleType:
 
     Raises:
         ConfigError: If there is no such method; names the nearest.
-        PlannedMethodError: If it is planned, not built.
+        PlannedMethodError: If it has no code yet; names its paper and what works meanwhile.
     """
     if slug not in METHODS:
         raise ConfigError(f"There is no method {slug!r}. {nearest(slug, METHODS)}")

@@ -19,7 +19,7 @@ from diptych.errors import CheckpointError
 from diptych.files import atomic_folder, surviving
 from diptych.models.build import DualConfig, build
 from diptych.models.dual import DualEncoder
-from diptych.models.foreign import has_source, load_source
+from diptych.models.foreign import HFTextConfig, has_source, load_source, text_folder
 from diptych.models.modes import is_frozen, merged_state
 
 FORMAT = 1
@@ -39,7 +39,8 @@ def save_model(model: DualEncoder, folder: Path, *, half: bool = False) -> None:
 
 
 def write_model(model: DualEncoder, folder: Path, *, half: bool = False) -> None:
-    """Write a model's files into an existing folder. Frozen towers that an installed package holds are left out."""
+    """Write a model's files into an existing folder. Frozen towers that an installed package holds are
+    left out, and so is the tokenizer that comes with them."""
     omitted = [name for name in ("vision", "text") if is_frozen(tower := getattr(model, name)) and has_source(tower)]
     weights = {
         name: (value.half() if half and value.is_floating_point() else value).contiguous().cpu()
@@ -48,7 +49,8 @@ def write_model(model: DualEncoder, folder: Path, *, half: bool = False) -> None
     }
     record = {"format": FORMAT, "diptych": version("diptych"), "omitted": omitted, "model": to_json(model.config)}
     save_file(weights, folder / "model.safetensors")
-    (folder / "tokenizer.json").write_text(model.tokenizer.to_json())
+    if model.tokenizer.to_json() != _source_tokenizer(model.config, omitted):
+        (folder / "tokenizer.json").write_text(model.tokenizer.to_json())
     (folder / "model.json").write_text(json.dumps(record, indent=2))
 
 
@@ -75,8 +77,11 @@ def load_model(folder: Path) -> DualEncoder:
             f"{folder} has format {record.get('format')}; this diptych reads {FORMAT}. Update diptych."
         )
     config = from_json(DualConfig, record["model"])
-    tokenizer = Tokenizer.from_json((folder / "tokenizer.json").read_text(), config.text_policy)
-    model = build(config, tokenizer)
+    own = folder / "tokenizer.json"
+    vocabulary = own.read_text() if own.exists() else _source_tokenizer(config, record["omitted"])
+    if vocabulary is None:
+        raise CheckpointError(f"{folder} has no tokenizer.json, and without it its text embeddings would be noise.")
+    model = build(config, Tokenizer.from_json(vocabulary, config.text_policy))
     for name in record["omitted"]:
         load_source(getattr(model, name))
     try:
@@ -87,6 +92,14 @@ def load_model(folder: Path) -> DualEncoder:
         ) from error
     _load_weights(model, weights, record["omitted"], folder)
     return model.eval()
+
+
+def _source_tokenizer(config: DualConfig, omitted: list[str]) -> str | None:
+    """Return the tokenizer that comes with an omitted text tower, in our engine's own spelling."""
+    if "text" not in omitted or not isinstance(config.text, HFTextConfig):
+        return None
+    text = (text_folder(config.text.path) / "tokenizer.json").read_text()
+    return Tokenizer.from_json(text, config.text_policy).to_json()
 
 
 def _load_weights(model: DualEncoder, weights: dict[str, Tensor], omitted: list[str], folder: Path) -> None:

