@@ -1,4 +1,6 @@
-"""Every example of the pages runs, in order, in a folder that holds `photos`: twelve small pictures with captions.
+"""Every example of the pages runs, in order, in a folder that holds two others.
+
+`photos` are twelve small pictures with captions, `holiday` are fifty with a table.
 
 Python blocks of a page share their names. Of bash blocks, `diptych` is run; what `make` and `pip install` name must exist. What is
 not meant to run is a text block. A page with the comment `slow` runs in `make docs` and `make test-slow`.
@@ -38,6 +40,17 @@ def folder(tmp_path, monkeypatch):
         (canvas.ellipse if shape == "circle" else canvas.rectangle)((25, 15, 75, 65), fill="white")
         image.save(tmp_path / "photos" / f"{number}.jpg")
         (tmp_path / "photos" / f"{number}.txt").write_text(f"a white {shape} on ground number {number}\n")
+    (tmp_path / "holiday").mkdir()
+    lines = ["nr;bild;was man sieht"]
+    colours, skies = ("red", "yellow", "green", "purple", "black"), ("calm water", "a dark sky")
+    for number in range(1, 51):
+        colour, sky = colours[number % 5], skies[number // 5 % 2]
+        image = Image.new("RGB", (120, 80), "midnightblue" if sky == "a dark sky" else "lightblue")
+        ImageDraw.Draw(image).polygon([(20 + number % 7, 50), (100, 50), (80, 70), (40, 70)], fill=colour)
+        image.save(tmp_path / "holiday" / f"holiday-{number:02}.jpg")
+        place = "under" if sky == "a dark sky" else "on"
+        lines.append(f"{number};holiday-{number:02}.jpg;a {colour} boat {place} {sky}")
+    (tmp_path / "holiday" / "list.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """The command line. `diptych --help` and `diptych methods` load no torch; everything else imports its command when it is called."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,27 +25,37 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exit with 0, or 1 if the doctor found errors, or 2 if something could not be used."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = _run(command, rest)
+        sys.stdout.flush()  # here, where a broken pipe can still be caught
+    except BrokenPipeError:  # whoever read the output has gone, as in `diptych methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        code = 0
+    except (DiptychError, OSError) as error:  # OSError: no space, no permission
+        print(f"diptych {command}: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        more = " The run goes on with --resume." if command == "train" else ""
+        print(f"diptych {command}: stopped.{more}", file=sys.stderr)
+        code = 130
+    if code is not None:
+        sys.exit(code)
+
+
+def _run(command: str, arguments: list[str]) -> int | None:
+    """Run one command; return its exit code, None for help and version, which just end."""
     if command in ("-h", "--help", "help"):
         print(usage())
-        return
+        return None
     if command == "--version":
         from importlib.metadata import version
 
         print(version("diptych"))
-        return
-    try:
-        if command not in COMMANDS:
-            raise ConfigError(f"There is no command {command!r}. {nearest(command, COMMANDS)}")
-        run = {"methods": _methods, "train": _train, "doctor": _doctor, "evaluate": _evaluate}.get(command)
-        sys.exit(run(rest) if run else _plain(command, rest))
-    except DiptychError as error:
-        print(f"diptych {command}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has gone, as in `diptych methods | head`
-        sys.stdout = None
-    except KeyboardInterrupt:
-        print(f"diptych {command}: stopped. A training run goes on with --resume.", file=sys.stderr)
-        sys.exit(130)
+        return None
+    if command not in COMMANDS:
+        raise ConfigError(f"There is no command {command!r}. {nearest(command, COMMANDS)}")
+    run = {"methods": _methods, "train": _train, "doctor": _doctor, "evaluate": _evaluate}.get(command)
+    return run(arguments) if run else _plain(command, arguments)
 
 
 def usage() -> str:
@@ -82,8 +93,8 @@ def _evaluate(arguments: list[str]) -> int:
 
     if "--json" in arguments:
         place = arguments.index("--json")
-        alone = place + 1 == len(arguments) or arguments[place + 1].startswith("--")
-        arguments = [*arguments[:place], "--json-out", *(["-"] if alone else []), *arguments[place + 1 :]]
+        if place + 1 == len(arguments) or arguments[place + 1].startswith("--"):
+            arguments = [*arguments[: place + 1], "-", *arguments[place + 1 :]]
     _call(commands.evaluate, "evaluate", arguments)
     return 0
 
@@ -122,7 +133,9 @@ def _call_with_recipe(function: Callable[..., Any], command: str, arguments: lis
     method, arguments = _take("--method", arguments)
     record = read_config(Path(config)) if config else {}
     default = read_recipe(record | ({"method": method} if method else {}))
-    spread: Any = Annotated[Recipe.__class_getitem__(load_method(default.method).Config), tyro.conf.arg(name="")]  # type: ignore[attr-defined]
+    typed: Any = Recipe.__class_getitem__(load_method(default.method).Config)  # type: ignore[attr-defined]
+    # What an architecture is built of is chosen in a file; on the command line its settings are plain flags, not subcommands.
+    spread: Any = Annotated[typed, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 
     def run(**values: Any) -> Any:
         return function(**values)
@@ -155,8 +168,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: If it is not there or not a JSON object.
     """
     try:
-        record = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(record, dict):
         raise ConfigError(f"{path} must hold one JSON object with keys of the recipe.")

@@ -10,26 +10,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from diptych.config import fingerprint, override, to_json
 from diptych.data.bundles import BUNDLES
 from diptych.data.loader import Loader
 from diptych.data.openmoji import glyphs
 from diptych.data.sources import AbstractSource, Columns, describe, open_source
-from diptych.errors import CheckpointError, ConfigError, DataError
+from diptych.errors import CheckpointError, ConfigError, DataError, ImageError
 from diptych.evaluation.run import Evaluation, Task, compare, evaluate_model
 from diptych.files import atomic_file
 from diptych.methods import clip, load_method
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import Advance
+from diptych.models.weights import CHECKPOINT, load
 from diptych.models.weights import convert as convert_model
-from diptych.models.weights import load
 from diptych.training.doctor import Diagnosis, Finding, examine_source, examine_training
 from diptych.training.log import read_rows
 from diptych.training.loop import fit
@@ -50,8 +50,8 @@ from diptych.use.search import (
 )
 from diptych.verbs import AbstractObjective
 
-CONSOLE = Console(stderr=True, soft_wrap=True)
-"""Progress and remarks go to the error stream, results to the output."""
+CONSOLE = Console(stderr=True, soft_wrap=True, emoji=False)
+"""Progress and remarks go to the error stream, results to the output. No emoji codes: `flickr8k:train:` is a name."""
 
 _PACKAGES = ("diptych", "torch", "torchvision", "timm", "tokenizers", "numpy", "pillow")
 
@@ -113,7 +113,7 @@ def train(
     )
     _say(f"Training on {len(training):,} samples, evaluating on {len(held):,} that are never trained on ({held.name}).")
     folder = out or Path("runs") / f"{Path(source.rstrip('/')).stem.replace(':', '-')}-{recipe.method}"
-    _prepare_folder(folder, resume, overwrite)
+    _check_folder(folder, resume, overwrite)
 
     start, reason = choose_start(recipe.model.start)
     recipe = override(recipe, {"model": {"start": start}})
@@ -124,10 +124,15 @@ def train(
     findings: list[Finding] = []
     if check and not resume:
         findings = _diagnose(training, objective, loader)
-        if not Diagnosis(tuple(findings)).healthy:
-            raise DataError("The doctor found errors (above); mend them, or train all the same with check off.")
-    _write_json(folder / "recipe.json", to_json(recipe))
-    _write_json(folder / "run.json", _record(source, training, held, recipe))
+        if errors := [finding.sentence for finding in findings if finding.level == "error"]:
+            raise DataError(
+                f"The doctor found errors: {' '.join(errors)} Mend them, or train all the same with --no-check."
+            )
+    if overwrite and not resume:
+        _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:  # what a run was started with is not replaced before it is known to fit
+        _write_record(folder, source, training, held, recipe)
     torch.manual_seed(recipe.seed)
     prepared = time.perf_counter()
 
@@ -141,6 +146,8 @@ def train(
 
     fit(objective, loader, recipe, folder, console=CONSOLE, evaluate=watch, resume=resume)
     trained = time.perf_counter()
+    if resume:
+        _write_record(folder, source, training, held, recipe)
     evaluation = evaluate_model(model, held, prompts=prompts, progress=_progress, name=str(folder), seed=recipe.seed)
     done = time.perf_counter()
     seconds = {
@@ -169,7 +176,7 @@ def evaluate(
     language: str | None = None,
     probe_on: str | None = None,
     columns: Columns = Columns(),
-    json_out: str | None = None,
+    json_out: Annotated[str | None, arg(name="json")] = None,
     batch_size: int = 64,
     seed: int = 0,
     offline: bool = False,
@@ -185,7 +192,7 @@ def evaluate(
         language: Measure retrieval with texts of this language (ISO 639-1) instead of the captions.
         probe_on: Training samples for a linear probe and nearest neighbours on frozen image embeddings.
         columns: What the columns of a table mean.
-        json_out: File to write the numbers to as JSON, or `-` for the output.
+        json_out: File to write the numbers to as JSON; `-`, or no file, for the output.
         batch_size: Images per forward pass.
         seed: Of the bootstrap.
         offline: Never touch the network.
@@ -238,7 +245,9 @@ def embed(
         offline: Never touch the network.
     """
     samples = open_source(source, columns=columns)
-    index = build_index(load(model, offline=offline), samples, model_spec=model, source_spec=source, progress=_progress)
+    index = build_index(
+        load(model, offline=offline), samples, model_spec=model, source_spec=source, columns=columns, progress=_progress
+    )
     index.save(out)
     skipped = f" ({index.skipped} could not be read)" if index.skipped else ""
     _say(f"{len(index.items):,} images of {index.images.shape[1]} numbers each are in {out}{skipped}.")
@@ -267,6 +276,8 @@ def search(
         offline: Never touch the network.
     """
     found = Index.read(index)
+    if image is not None and not image.is_file():
+        raise ImageError(f"There is no image file {image} to search with.")
     query = embed_query(
         load(found.model, offline=offline), text=text, image=None if image is None else image.read_bytes()
     )
@@ -274,7 +285,7 @@ def search(
     for hit in hits:
         print(f"{hit.rank:3}  {hit.score:.3f}  {hit.item.key}  {hit.item.texts[0] if hit.item.texts else ''}")
     if html is not None:
-        shown = pictures(open_source(found.source), hits)
+        shown = pictures(open_source(found.source, columns=found.columns), hits)
         title = " + ".join(part for part in (text, None if image is None else image.name) if part)
         candidates = tuple(
             Candidate(h.score, h.item.texts[0] if h.item.texts else h.item.key, shown.get(h.item.key)) for h in hits
@@ -373,16 +384,21 @@ def _progress(title: str, total: int) -> Iterator[Advance]:
         yield lambda done: bar.advance(task, done)
 
 
-def _prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    if (folder / "recipe.json").exists() and not resume:
-        if not overwrite:
-            raise ConfigError(
-                f"{folder} holds a run already. Go on with --resume, replace it with --overwrite, or name another --out."
-            )
-        shutil.rmtree(folder)
+def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    if (folder / "recipe.json").exists() and not resume and not overwrite:
+        raise ConfigError(
+            f"{folder} holds a run already. Go on with --resume, replace it with --overwrite, or name another --out."
+        )
     if resume and not (folder / "recipe.json").exists():
         raise CheckpointError(f"{folder} holds no run to resume.")
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run leaves in a folder, and the index that it suggests; nothing else that may lie there."""
+    for name in (CHECKPOINT, f"{CHECKPOINT}.old", "index", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("recipe.json", "run.json", "metrics.json", "metrics.jsonl", "report.html"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _diagnose(source: AbstractSource, objective: AbstractObjective[Any], loader: Loader) -> list[Finding]:
@@ -398,6 +414,13 @@ def _diagnose(source: AbstractSource, objective: AbstractObjective[Any], loader:
 def _prompts_for(source: AbstractSource) -> str:
     name = source.name.partition(":")[0]
     return BUNDLES[name].prompts if name in BUNDLES else "photo"
+
+
+def _write_record(
+    folder: Path, source: str, training: AbstractSource, held: AbstractSource, recipe: Recipe[Any]
+) -> None:
+    _write_json(folder / "recipe.json", to_json(recipe))
+    _write_json(folder / "run.json", _record(source, training, held, recipe))
 
 
 def _record(source: str, training: AbstractSource, held: AbstractSource, recipe: Recipe[Any]) -> dict[str, Any]:
@@ -429,6 +452,14 @@ def _write_json(path: Path, record: Any) -> None:
 def _print_metrics(evaluation: Evaluation) -> None:
     for name, value in evaluation.headline().items():
         _say(f"  {name:32} {value}")
+    for note in evaluation.notes:
+        _say(f"  {note}")
+
+
+def _skipped(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence on the training samples that could not be used, if there were any."""
+    count = steps[-1]["skipped"] if steps else 0
+    return [f"In training, unreadable samples were skipped {count:,} times."] if count else []
 
 
 def _write_report(
@@ -477,6 +508,6 @@ def _write_report(
             forward,
             backward,
             facts,
-            [finding.sentence for finding in findings],
+            [*(finding.sentence for finding in findings), *_skipped(steps), *evaluation.notes],
         ),
     )

@@ -99,7 +99,16 @@ def _read_dataclass(cls: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     _check_keys(cls, value, where)
+    if value.get("kind", cls.__name__) != cls.__name__:
+        raise ConfigError(f"{where} is a {cls.__name__}, not a {value['kind']}.")
+    absent = [f.name for f in dataclasses.fields(cls) if f.name not in value and _is_required(f)]
+    if absent:
+        raise ConfigError(f"{where} needs {', '.join(absent)}; it has {', '.join(value) or 'nothing'}.")
     return cls(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names if name in value})
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _check_keys(cls: Any, given: Mapping[str, Any], where: str) -> None:

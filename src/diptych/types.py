@@ -225,8 +225,14 @@ def concatenate(records: list[Record]) -> Record:
         return torch.cat(records)  # type: ignore[arg-type, return-value]
     if isinstance(first, tuple):
         return tuple(concatenate(list(items)) for items in zip(*records, strict=True))  # type: ignore[return-value]
+    if isinstance(first, Mapping):
+        return {key: concatenate([record[key] for record in records]) for key in first}  # type: ignore[index, return-value]
     if is_dataclass(first) and not isinstance(first, type):
-        joined = {f.name: concatenate([getattr(r, f.name) for r in records]) for f in fields(first)}
+        names = {f.name for f in fields(first)}
+        joined: dict[str, Any] = {}
+        if isinstance(first, Batch):  # its keys are per sample and no tensor
+            joined["keys"] = tuple(key for record in records for key in record.keys)  # type: ignore[attr-defined]
+        joined |= {name: concatenate([getattr(r, name) for r in records]) for name in names - set(joined)}
         return replace(first, **joined)
     return first
 

@@ -196,15 +196,18 @@ def test_fingerprint_follows_the_texts(pairs):
 
 
 def test_describe(pairs):
-    table = pa.table({"image": list("abcd"), "caption": [["x" * 200, "y"], ["dog"], [], ["unseen"]]})
-    assert list(describe(from_table(table, pairs, "pets"))) == [
+    table = pa.table(
+        {"image": ["r.png", "gone.png", None, "b.png"], "caption": [["x" * 200, "y"], ["dog"], [], ["unseen"]]}
+    )
+    *said, first, second, third = describe(from_table(table, pairs, "pets"))
+    assert said[:3] == [
         "pets: 4 samples.",
         "Columns: image = 'image', texts = ('caption',).",
         "1 of 4 samples have no text in caption.",
-        f"  sample 0: '{'x' * 99}…' as caption (and 1 more)",
-        "  sample 1: 'dog' as caption",
-        "  sample 2: no text",
     ]
+    assert first == f"  sample 0: an image of 2 x 2 pixels, '{'x' * 99}…' as caption (and 1 more)"
+    assert second.startswith("  sample 1: an image that cannot be read (") and second.endswith("), 'dog' as caption")
+    assert third == "  sample 2: no image, no text"
 
 
 @pytest.mark.parametrize("spec", ["absent.csv", "some/folder", "shards/*.tar", "", "a.csv:train"])

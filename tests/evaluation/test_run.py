@@ -8,40 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from diptych.data.sources import AbstractSource, Subset, open_source
-from diptych.data.tokenizer import Tokenizer
-from diptych.data.transforms import ImagePolicy
+from diptych.data.sources import Listed, Subset, open_source
 from diptych.errors import EvaluationError
 from diptych.evaluation.retrieval import retrieval
 from diptych.evaluation.run import compare, evaluate_model, measure_retrieval
-from diptych.models.build import DualConfig, build
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_source
-from diptych.models.heads import LinearHeadConfig
-from diptych.models.text import TextConfig
-from diptych.models.vision import VisionConfig
 from diptych.types import Sample, Text
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 210)}
 
 
-class Squares(AbstractSource):
-    """Squares of noisy colours, with captions and labels as asked for."""
-
-    def __init__(self, samples: list[Sample], name: str = "squares") -> None:
-        self.samples, self.name = samples, name
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-    def texts(self, index: int) -> tuple[Text, ...]:
-        return self.samples[index].texts
-
-
-def squares(count: int, *, captions: bool = True, labels: bool = True, seed: int = 0) -> Squares:
+def squares(count: int, *, captions: bool = True, labels: bool = True, seed: int = 0) -> Listed:
     rng = np.random.default_rng(seed)
     samples = []
     for i in range(count):
@@ -51,24 +29,15 @@ def squares(count: int, *, captions: bool = True, labels: bool = True, seed: int
         texts = (Text(f"{name} number {i}"), Text(f"a square {i}")) if captions else ()
         domain = "even" if i % 2 == 0 else "odd"
         samples.append(Sample(f"s{i}", file.getvalue(), texts, f"s{i}", name if labels else None, domain))
-    return Squares(samples)
+    return Listed(samples)
 
 
-def random_model(seed: int) -> DualEncoder:
-    torch.manual_seed(seed)
-    config = DualConfig(
-        VisionConfig(image_size=16, width=16, depth=1, heads=2, mlp_width=32),
-        TextConfig(vocabulary=300, length=16, width=16, depth=1, heads=2, mlp_width=32),
-        LinearHeadConfig(8),
-        LinearHeadConfig(8),
-        image_policy=ImagePolicy(size=16),
-    )
-    return build(config, Tokenizer.train(["red green blue square number"], vocabulary=300, length=16))
+WORDS = ("red green blue square number",)
 
 
 @pytest.fixture(scope="module")
-def model() -> DualEncoder:
-    return random_model(0)
+def model(make_model) -> DualEncoder:
+    return make_model(0, WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +136,7 @@ def test_equal_captions_and_groups_are_right_answers(model):
         source.samples[i] = replace(source.samples[i], texts=(Text(text),))
     found = measure_retrieval(embed_source(model, source))
     assert found.image_to_text.chance[1] == pytest.approx((2 + 2 + 1) / 9)
-    grouped = Squares([replace(sample, group="all") for sample in source.samples])
+    grouped = Listed([replace(sample, group="all") for sample in source.samples])
     assert measure_retrieval(embed_source(model, grouped)).image_to_text.recall[1].value == 1.0
 
 
@@ -181,8 +150,8 @@ def test_another_language_gives_other_numbers_on_the_same_images(model):
     assert found.embedded.captions[0] == "Quadrat 0"
 
 
-def test_the_difference_of_two_models_is_paired(model, everything):
-    other = evaluate_model(random_model(1), squares(24), probe_source=squares(30, seed=1), seed=5)
+def test_the_difference_of_two_models_is_paired(make_model, everything):
+    other = evaluate_model(make_model(1, WORDS), squares(24), probe_source=squares(30, seed=1), seed=5)
     found = compare(everything, other)
     assert set(found) == set(everything.headline())
     for name, difference in found.items():

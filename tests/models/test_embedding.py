@@ -7,48 +7,19 @@ import torch
 from PIL import Image
 
 from diptych.data.images import decode
-from diptych.data.sources import AbstractSource
-from diptych.data.tokenizer import Tokenizer
-from diptych.data.transforms import ImagePolicy, preprocess
+from diptych.data.sources import Listed
+from diptych.data.transforms import preprocess
 from diptych.errors import ImageError, TextError
-from diptych.models.build import DualConfig, build
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_images, embed_source, embed_texts, inference
-from diptych.models.heads import LinearHeadConfig
-from diptych.models.text import TextConfig
-from diptych.models.vision import VisionConfig
 from diptych.types import Sample, Text
 
 WORDS = ["a red cat", "two dogs and a tree", "the sea at night", "kettle"]
 
 
-class Listed(AbstractSource):
-    name = "listed"
-
-    def __init__(self, samples: list[Sample]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-    def texts(self, index: int) -> tuple[Text, ...]:
-        return self.samples[index].texts
-
-
 @pytest.fixture
-def model() -> DualEncoder:
-    torch.manual_seed(0)
-    config = DualConfig(
-        VisionConfig(image_size=16, width=16, depth=1, heads=2, mlp_width=32),
-        TextConfig(vocabulary=300, length=16, width=16, depth=1, heads=2, mlp_width=32),
-        LinearHeadConfig(8),
-        LinearHeadConfig(8),
-        image_policy=ImagePolicy(size=16),
-    )
-    return build(config, Tokenizer.train(WORDS, vocabulary=300, length=16))
+def model(make_model) -> DualEncoder:
+    return make_model(0, WORDS)
 
 
 def png(seed: int) -> bytes:

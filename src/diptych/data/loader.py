@@ -142,8 +142,13 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end; `position` follows each one, so saving it after a step resumes exactly there."""
+        # A DataLoader draws a seed when it starts. From the global generator, that would shift the model's dropout after a resume.
         loader: DataLoader[tuple[Position, Batch]] = DataLoader(
-            self._maker, batch_size=None, sampler=self.requests(), num_workers=self._workers
+            self._maker,
+            batch_size=None,
+            sampler=self.requests(),
+            num_workers=self._workers,
+            generator=torch.Generator(),
         )
         for self.position, batch in loader:
             yield batch
@@ -170,7 +175,7 @@ class BatchMaker(Dataset[tuple[Position, Batch]]):
             try:
                 sample = self.source[index]
                 views.append(self._views(sample, rng))
-                texts.append([column.draw(sample, rng) for column in self.config.texts])
+                texts.append(self._texts(sample, rng))
                 samples.append(sample)
             except (ImageError, TextError) as error:
                 if self.config.bad_samples == "strict":
@@ -193,3 +198,10 @@ class BatchMaker(Dataset[tuple[Position, Batch]]):
             raise ImageError(f"{sample.key!r} has no image.")
         image = decode(sample.image, background=self.image_policy.background)
         return [augment(image, self.image_policy, view, rng) for view in self.config.views]
+
+    def _texts(self, sample: Sample, rng: np.random.Generator) -> list[str]:
+        drawn = [column.draw(sample, rng) for column in self.config.texts]
+        for text in drawn:
+            if not self.tokenizer.clean(text):
+                raise TextError(f"Sample {sample.key!r} has an empty text ({text!r}). Give it a word, or drop the row.")
+        return drawn

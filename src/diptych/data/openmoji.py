@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -64,13 +63,11 @@ class OpenMoji(AbstractSource):
         )
 
 
-def openmoji(
-    split: Literal["train", "test", "all"] = "all", *, size: int = 64, progress: Progress | None = None
-) -> AbstractSource:
+def openmoji(split: str = "all", *, size: int = 64, progress: Progress | None = None) -> AbstractSource:
     """Return the emoji of a split: `test` holds 500 drawn once with a fixed seed, `train` all others.
 
     Args:
-        split: Which emoji.
+        split: train, test or all.
         size: Side of the drawings, pixels.
         progress: Wraps the iteration over drawings when they have to be rendered, for a progress bar.
     """

@@ -23,9 +23,9 @@ NOUNS = (
     "fish octopus snail butterfly ant spider rose tulip sunflower cactus mushroom bus taxi bicycle motorcycle train airplane rocket "
     "helicopter sailboat ship house castle tent umbrella key bell guitar violin drum trumpet camera candle chair bed door ladder hammer "
     "pencil crown ring dress pear banana lemon strawberry watermelon peach pineapple carrot bread pizza hamburger cookie egg star sun "
-    "cloud snowflake fire anchor balloon kite"
+    "cloud tractor fire anchor balloon kite"
 ).split()
-"""Emoji whose whole name is one common word."""
+"""Emoji whose whole name is one common word and whose drawings are not all black, so that a tint shows."""
 
 TINTS = {
     "red": (214, 40, 40),
@@ -224,10 +224,18 @@ def scenes(split: str = "train", *, count: int = 2000, seed: int = 0, config: Sc
     return Scenes(split, count, seed, config)
 
 
+@lru_cache(maxsize=8192)
 def held_out_pair(first: str, second: str, share: float) -> bool:
     """Return whether two nouns are kept apart in training; the same in every process."""
+    if share == 0:
+        return False
     a, b = sorted((NOUNS.index(first), NOUNS.index(second)))
     return bool(np.random.default_rng([a, b]).random() < share)
+
+
+def shows_held_out(nouns: Sequence[str], share: float) -> bool:
+    """Return whether any two of the nouns are kept apart in training."""
+    return any(held_out_pair(a, b, share) for i, a in enumerate(nouns) for b in nouns[:i])
 
 
 def draw_plan(rng: np.random.Generator, config: SceneConfig, split: str) -> Plan:
@@ -237,8 +245,7 @@ def draw_plan(rng: np.random.Generator, config: SceneConfig, split: str) -> Plan
         if split == "test" and config.held_out > 0:
             kinds = max(2, kinds)
         nouns = [NOUNS[i] for i in rng.choice(config.nouns, size=kinds, replace=False)]
-        held = any(held_out_pair(a, b, config.held_out) for i, a in enumerate(nouns) for b in nouns[:i])
-        if config.held_out == 0 or held == (split == "test"):
+        if config.held_out == 0 or shows_held_out(nouns, config.held_out) == (split == "test"):
             break
     copies = [1 + int(rng.integers(config.copies)) if rng.random() < 0.3 else 1 for _ in nouns]
     centres = draw_centres(rng, sum(copies))
@@ -295,8 +302,13 @@ def relation(plan: Plan) -> str | None:
 
 
 def change_one(plan: Plan, rng: np.random.Generator, config: SceneConfig) -> tuple[Plan, str]:
-    """Return the plan with one factor of one thing changed, and the factor's name."""
-    factors = ["noun"]
+    """Return the plan with one factor of one thing changed, and the factor's name.
+
+    A new noun neither brings a held-out pair into a scene without one nor takes the only one away.
+    """
+    others = [other_nouns(plan, i, config) for i in range(len(plan.things))]
+    changeable = [i for i, nouns in enumerate(others) if nouns]
+    factors = ["noun"] if changeable else []
     if plan.tinted:
         factors.append("tint")
     if relation(plan) is not None:
@@ -305,11 +317,11 @@ def change_one(plan: Plan, rng: np.random.Generator, config: SceneConfig) -> tup
     if multiple:
         factors.append("count")
     factor, things = str(rng.choice(factors)), list(plan.things)
-    place = multiple[0] if factor == "count" else int(rng.integers(len(things)))
+    places = {"count": multiple[:1], "noun": changeable}.get(factor, range(len(things)))
+    place = places[int(rng.integers(len(places)))]
     thing = things[place]
     if factor == "noun":
-        others = [noun for noun in NOUNS[: config.nouns] if noun not in {t.noun for t in things}]
-        things[place] = replace(thing, noun=str(rng.choice(others)))
+        things[place] = replace(thing, noun=str(rng.choice(others[place])))
     elif factor == "tint":
         things[place] = replace(thing, tint=str(rng.choice([tint for tint in TINTS if tint != thing.tint])))
     elif factor == "count":
@@ -318,6 +330,17 @@ def change_one(plan: Plan, rng: np.random.Generator, config: SceneConfig) -> tup
         first, second = things[:2]
         things[:2] = [replace(first, centres=second.centres), replace(second, centres=first.centres)]
     return replace(plan, things=tuple(things)), factor
+
+
+def other_nouns(plan: Plan, place: int, config: SceneConfig) -> list[str]:
+    """Return the nouns that the thing at `place` could have instead, the scene staying one of its split."""
+    nouns = [thing.noun for thing in plan.things]
+    rest, held = nouns[:place] + nouns[place + 1 :], shows_held_out(nouns, config.held_out)
+    return [
+        noun
+        for noun in NOUNS[: config.nouns]
+        if noun not in nouns and shows_held_out([*rest, noun], config.held_out) == held
+    ]
 
 
 def render(plan: Plan, size: int) -> tuple[UInt8[np.ndarray, "size size 3"], UInt8[np.ndarray, "size size"]]:
@@ -338,7 +361,8 @@ def render(plan: Plan, size: int) -> tuple[UInt8[np.ndarray, "size size 3"], UIn
             left = min(max(0, round(x * size - sprite.width / 2)), size - sprite.width)
             top = min(max(0, round(y * size - sprite.height / 2)), size - sprite.height)
             canvas.paste(sprite, (left, top), sprite)
-            visible = np.asarray(sprite)[..., 3] > 127
+            alpha = np.asarray(sprite)[..., 3]
+            visible = alpha >= min(128, alpha.max())  # thin lines drawn very small are nowhere opaque
             mask[top : top + sprite.height, left : left + sprite.width][visible] = number
     return np.asarray(canvas), mask
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from diptych.data.columns import Columns as Columns
 from diptych.data.columns import role_of, sniff
+from diptych.data.images import decode
 from diptych.data.rows import count_without_text, image_folder, join_captions, only_part, with_keys, without_categories
 from diptych.data.tables import join_tables, read_folder
 from diptych.data.tar import is_tar, read_tars
@@ -58,6 +59,23 @@ class AbstractSource(ABC):
         for index in range(len(self)):
             digest.update("\x1f".join(text.text for text in self.texts(index)).encode())
         return digest.hexdigest()
+
+
+class Listed(AbstractSource):
+    """Samples held in memory."""
+
+    def __init__(self, samples: Sequence[Sample], name: str = "listed") -> None:
+        self.samples, self.name = list(samples), name
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def texts(self, index: int) -> tuple[Text, ...]:
+        """Return the texts of one sample."""
+        return self.samples[index].texts
 
 
 class Subset(AbstractSource):
@@ -289,17 +307,23 @@ def from_datasets(dataset: Any, *, columns: Columns | None = None, name: str = "
 
 
 def describe(source: AbstractSource, *, count: int = 3) -> Iterator[str]:
-    """Yield sentences about a source: size, assumptions, and the texts of its first `count` samples."""
+    """Yield sentences about a source: size, assumptions, and its first `count` samples, decoded."""
     yield f"{source.name}: {len(source):,} samples."
     yield from source.notes
     for index in range(min(count, len(source))):
         texts = source.texts(index)
         more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
-        yield (
-            f"  sample {index}: {_short(texts[0].text)!r} as {texts[0].role}{more}"
-            if texts
-            else f"  sample {index}: no text"
-        )
+        said = f"{_short(texts[0].text)!r} as {texts[0].role}{more}" if texts else "no text"
+        yield f"  sample {index}: {_seen(source, index)}, {said}"
+
+
+def _seen(source: AbstractSource, index: int) -> str:
+    """Return the size of a sample's image in words, or why there is none."""
+    try:
+        image = source[index].image
+        return "no image" if image is None else "an image of {} x {} pixels".format(*decode(image).size)
+    except ImageError as error:
+        return f"an image that cannot be read ({error})"
 
 
 def _short(text: str) -> str:
@@ -333,7 +357,7 @@ def _named(name: str, split: str | None, columns: Columns | None) -> AbstractSou
     from diptych.data.scenes import scenes
 
     if name == "openmoji":
-        return openmoji(split or "all")  # type: ignore[arg-type]
+        return openmoji(split or "all")
     if name == "scenes":
         return scenes(split or "train")
     if name in BUNDLES:

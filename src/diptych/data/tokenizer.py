@@ -69,7 +69,7 @@ class Tokenizer:
         """Return padded ids.
 
         Raises:
-            TextError: If a text has no content, or is not a string.
+            TextError: If a text has no content, or holds half a surrogate pair.
         """
         begin = [] if self.policy.begin is None else [self.policy.begin]
         end = [] if self.policy.end is None else [self.policy.end]
@@ -90,7 +90,12 @@ class Tokenizer:
             raise TextError(
                 f"Text {row} of {len(texts)} is empty ({texts[row]!r}). Give every text a word, or drop the row."
             )
-        return self.engine.encode_batch(cleaned, add_special_tokens=False)
+        try:
+            return self.engine.encode_batch(cleaned, add_special_tokens=False)
+        except TypeError as error:
+            raise TextError(
+                "A text holds half a surrogate pair, as undecodable bytes on a command line do. Write it in UTF-8."
+            ) from error
 
     def to_json(self) -> str:
         """Return the engine as the text of a tokenizer.json."""

@@ -10,6 +10,9 @@ from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from diptych.data.images import MAX_PIXELS
+from diptych.errors import ImageError
+
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -62,7 +65,11 @@ class Augment:
 
 
 def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size size"]:
-    """Return the deterministic view of an RGB image that evaluation uses."""
+    """Return the deterministic view of an RGB image that evaluation uses.
+
+    Raises:
+        ImageError: If `crop` would make more than `MAX_PIXELS` pixels of an extremely long image before cutting its centre.
+    """
     size, resampling = policy.size, _RESAMPLING[policy.interpolation]
     if image.size == (size, size) and policy.crop_fraction == 1:
         return to_tensor(image)
@@ -74,6 +81,11 @@ def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size
     # Same order of rounding as torchvision: the short side is exact, the long side truncated, the crop offset rounded.
     short = round(size / policy.crop_fraction)
     width, height = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"An image of {image.width} x {image.height} pixels becomes {width} x {height} before its centre is cut; "
+            f"at most {MAX_PIXELS:,} are made. Cut the image, or drop the row."
+        )
     left, top = round((width - size) / 2), round((height - size) / 2)
     return to_tensor(image.resize((width, height), resampling).crop((left, top, left + size, top + size)))
 

@@ -16,7 +16,7 @@ from diptych.evaluation.retrieval import Direction, Retrieval, retrieval
 from diptych.evaluation.stats import paired_difference
 from diptych.evaluation.zeroshot import ZeroShot, class_embeddings, read_prompts, zero_shot
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import Embedded, ProgressBar, embed_source, embed_texts
+from diptych.models.embedding import Embedded, ProgressBar, embed_source, embed_texts, folded
 from diptych.types import Interval
 
 Task = Literal["retrieval", "zeroshot"]
@@ -200,7 +200,7 @@ def measure_retrieval(embedded: Embedded, *, seed: int = 0) -> Retrieval:
         embedded.texts,
         owner,
         image_group=_numbers([embedded.groups[row] for row in rows]),
-        text_group=_numbers([" ".join(caption.casefold().split()) for caption in embedded.captions]),
+        text_group=_numbers([folded(caption) for caption in embedded.captions]),
         seed=seed,
     )
 

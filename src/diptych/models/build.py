@@ -27,14 +27,20 @@ class DualConfig:
 
 
 def build(config: DualConfig, tokenizer: Tokenizer) -> DualEncoder:
-    """Return a freshly initialised model; seed torch first if it must be repeatable."""
+    """Return a freshly initialised model; seed torch first if it must be repeatable.
+
+    Args:
+        config: Its text policy is the one that counts.
+        tokenizer: Gives the vocabulary.
+    """
     vision, text = _vision_tower(config.vision), _text_tower(config.text)
     image_head: nn.Module = (
         LinearHead(vision.width, config.image_head)
         if isinstance(config.image_head, LinearHeadConfig)
         else ClassMixtureHead(vision.width, config.image_head)
     )
-    return DualEncoder(config, vision, text, image_head, LinearHead(text.width, config.text_head), tokenizer)
+    text_head = LinearHead(text.width, config.text_head)
+    return DualEncoder(config, vision, text, image_head, text_head, Tokenizer(tokenizer.engine, config.text_policy))
 
 
 def _vision_tower(config: VisionConfig | TimmConfig) -> AbstractVisionTower:

@@ -19,7 +19,7 @@ from diptych.errors import CheckpointError
 from diptych.files import atomic_folder, surviving
 from diptych.models.build import DualConfig, build
 from diptych.models.dual import DualEncoder
-from diptych.models.foreign import HFTextConfig, has_source, load_source, text_folder
+from diptych.models.foreign import HFTextConfig, equals_source, load_source, text_folder
 from diptych.models.modes import is_frozen, merged_state
 
 FORMAT = 1
@@ -39,9 +39,12 @@ def save_model(model: DualEncoder, folder: Path, *, half: bool = False) -> None:
 
 
 def write_model(model: DualEncoder, folder: Path, *, half: bool = False) -> None:
-    """Write a model's files into an existing folder. Frozen towers that an installed package holds are
-    left out, and so is the tokenizer that comes with them."""
-    omitted = [name for name in ("vision", "text") if is_frozen(tower := getattr(model, name)) and has_source(tower)]
+    """Write a model's files into an existing folder.
+
+    Frozen towers that are as an installed package holds them are left out, and so is the tokenizer that comes with them.
+    """
+    towers = {"vision": model.vision, "text": model.text}
+    omitted = [name for name, tower in towers.items() if is_frozen(tower) and equals_source(tower)]
     weights = {
         name: (value.half() if half and value.is_floating_point() else value).contiguous().cpu()
         for name, value in merged_state(model).items()
@@ -71,7 +74,10 @@ def load_model(folder: Path) -> DualEncoder:
             f"{folder} has no model.json. A diptych checkpoint is a folder with model.json (architecture and preprocessing), "
             "model.safetensors and tokenizer.json; weights without their preprocessing are not loaded."
         )
-    record = json.loads((folder / "model.json").read_text())
+    try:
+        record = json.loads((folder / "model.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'model.json'} cannot be read: {error}. Use an earlier checkpoint.") from error
     if record.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} has format {record.get('format')}; this diptych reads {FORMAT}. Update diptych."
@@ -81,7 +87,11 @@ def load_model(folder: Path) -> DualEncoder:
     vocabulary = own.read_text() if own.exists() else _source_tokenizer(config, record["omitted"])
     if vocabulary is None:
         raise CheckpointError(f"{folder} has no tokenizer.json, and without it its text embeddings would be noise.")
-    model = build(config, Tokenizer.from_json(vocabulary, config.text_policy))
+    try:
+        tokenizer = Tokenizer.from_json(vocabulary, config.text_policy)
+    except Exception as error:  # the engine raises no finer kind
+        raise CheckpointError(f"{own} cannot be read: {error}. Use an earlier checkpoint.") from error
+    model = build(config, tokenizer)
     for name in record["omitted"]:
         load_source(getattr(model, name))
     try:

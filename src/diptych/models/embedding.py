@@ -28,6 +28,7 @@ class Embedded:
     """A source as a model sees it.
 
     Attributes:
+        rows: Of the images, in their source.
         keys: Of the images.
         groups: Of the images; those of one group are positives of each other's captions.
         images: One embedding per image.
@@ -39,6 +40,7 @@ class Embedded:
         skipped: Images left out because they could not be read, with reasons.
     """
 
+    rows: tuple[int, ...]
     keys: tuple[str, ...]
     groups: tuple[str, ...]
     images: Float[Tensor, "n d"]
@@ -125,6 +127,7 @@ def embed_source(
         ImageError: If no image can be read.
     """
     bar = progress or _no_progress
+    rows: list[int] = []
     samples: list[Sample] = []
     skipped: list[str] = []
 
@@ -136,6 +139,7 @@ def embed_source(
             except ImageError as error:
                 skipped.append(f"{index}: {error}")
                 continue
+            rows.append(index)
             samples.append(replace(sample, image=None, mask=None))
             yield pixels
 
@@ -154,6 +158,7 @@ def embed_source(
     with bar("embedding texts", len(captions)) as advance:
         texts = embed_texts(model, captions, advance=advance) if captions else torch.empty(0, images.shape[1])
     return Embedded(
+        tuple(rows),
         tuple(sample.key for sample in samples),
         tuple(sample.group for sample in samples),
         images,
@@ -164,6 +169,11 @@ def embed_source(
         tuple(sample.domain for sample in samples),
         tuple(skipped),
     )
+
+
+def folded(caption: str) -> str:
+    """Return a caption as retrieval compares it: captions that differ in case and white space only are the same."""
+    return " ".join(caption.casefold().split())
 
 
 def _embed_pixels(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diptych.errors import CheckpointError, ConfigError, nearest, require
+from diptych.errors import CheckpointError, ConfigError, require
 from diptych.models.text import AbstractTextTower
 from diptych.models.vision import AbstractVisionTower
 from diptych.types import TowerOutput
@@ -31,19 +32,24 @@ class TimmConfig:
 
 
 class TimmTower(AbstractVisionTower):
-    """Any timm model; feature maps and tokens both come out as patches in row order."""
+    """Any timm model; feature maps and tokens both come out as patches in row order.
+
+    There are no patches where timm pools into a wider vector than they are (MobileNetV3, MambaOut).
+    """
 
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
         import timm  # takes seconds to import, and only this tower needs it
 
         if not timm.is_model(config.name):
-            known = timm.list_models(f"*{config.name.split('_')[0]}*")
-            raise ConfigError(f"timm has no model {config.name!r}. {nearest(config.name, known)}")
+            close = get_close_matches(config.name, timm.list_models(), n=8, cutoff=0)
+            raise ConfigError(
+                f"timm has no model {config.name!r}. Closest: {', '.join(close)}. All: `timm.list_models()`."
+            )
         self.config = config
         model: Any = timm.create_model(config.name, pretrained=False, num_classes=0)
         self.model = model
-        self.width = int(model.num_features)
+        self.width = int(model.head_hidden_size)
 
     def forward(
         self, pixels: Float[Tensor, "b 3 h w"], *, layers: Sequence[int] = (), attention: Sequence[int] = ()
@@ -56,8 +62,12 @@ class TimmTower(AbstractVisionTower):
         if layers or attention:
             raise ConfigError("timm towers give no single layers or attention maps; use our VisionConfig for those.")
         model: Any = self.model
-        features = model.forward_features(pixels)
+        features = model.forward_features(pixels.contiguous(memory_format=torch.channels_last))
         pooled = model.forward_head(features, pre_logits=True)
+        if model.num_features != self.width:
+            return TowerOutput(pooled)
+        if getattr(model, "output_fmt", "NCHW") == "NHWC":
+            features = features.permute(0, 3, 1, 2)
         if features.ndim == 4:  # b c h w
             return TowerOutput(pooled, features.flatten(2).transpose(1, 2), grid=tuple(features.shape[2:]))
         patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
@@ -98,13 +108,21 @@ class HFTextTower(AbstractTextTower):
         layers: Sequence[int] = (),
         attention: Sequence[int] = (),
     ) -> TowerOutput:
-        """Return pooled vector and tokens; attention only if the model was set to eager attention."""
+        """Return pooled vector and tokens.
+
+        Raises:
+            ConfigError: If attention is asked for while transformers uses a kernel that gives none.
+        """
         output = self.model(
             input_ids=ids,
             attention_mask=mask.long(),
             output_hidden_states=bool(layers),
             output_attentions=bool(attention),
         )
+        if attention and not output.attentions:
+            raise ConfigError(
+                "transformers gives attention maps only after `tower.model.set_attn_implementation('eager')`."
+            )
         tokens = output.last_hidden_state
         weight = mask.to(tokens.dtype)[..., None]
         pooled = tokens[:, 0] if self.config.pool == "first" else (tokens * weight).sum(1) / weight.sum(1)
@@ -118,29 +136,50 @@ class HFTextTower(AbstractTextTower):
 
 
 def text_folder(path: str) -> Path:
-    """Return the folder that a `HFTextConfig.path` means."""
+    """Return the folder that a `HFTextConfig.path` means.
+
+    Raises:
+        CheckpointError: If no transformers model is there.
+    """
     if path.startswith("package:"):
         return Path(str(require(path.removeprefix("package:"), "pretrained").get_model_path()))
+    if not (Path(path) / "config.json").is_file():
+        raise CheckpointError(
+            f"The text tower needs a folder with the config.json of a transformers model; {path!r} has none. "
+            "Correct text.path."
+        )
     return Path(path)
 
 
 def load_source(tower: nn.Module) -> None:
     """Fill a tower with the weights that its configuration names; towers without such a source keep what they have."""
+    if (weights := _source_weights(tower)) is not None:
+        assert isinstance(tower.model, nn.Module)
+        _fill(tower.model, weights)
+
+
+def equals_source(tower: nn.Module) -> bool:
+    """Return whether an installed package holds just what a tower holds, so that a checkpoint may leave it out."""
+    source = tower.config.path if isinstance(tower, HFTextTower) else getattr(tower.config, "weights", None)
+    if source is None or not source.startswith("package:"):
+        return False
+    weights = _source_weights(tower)
+    assert weights is not None and isinstance(tower.model, nn.Module)
+    own = tower.model.state_dict()
+    return all(name in weights and torch.equal(value.cpu(), weights[name]) for name, value in own.items())
+
+
+def _source_weights(tower: nn.Module) -> dict[str, Tensor] | None:
+    """Return what a tower's configuration names, under the names of `tower.model`, or None if it names nothing."""
     if isinstance(tower, HFTextTower):
         weights = load_file(text_folder(tower.config.path) / "model.safetensors")
         prefix = "bert." if any(name.startswith("bert.") for name in weights) else ""
-        _fill(tower.model, {name.removeprefix(prefix): value for name, value in weights.items()})
-    elif isinstance(tower, TimmTower) and tower.config.weights is not None:
-        if tower.config.weights.startswith("package:"):
-            _fill(tower.model, _package_weights(tower.config.weights.removeprefix("package:"), tower.model))
-        else:
-            _fill(tower.model, load_file(tower.config.weights))
-
-
-def has_source(tower: nn.Module) -> bool:
-    """Return whether a tower's weights can be had again from an installed package, so that a checkpoint may leave them out."""
-    source = tower.config.path if isinstance(tower, HFTextTower) else getattr(tower.config, "weights", None)
-    return isinstance(source, str) and source.startswith("package:")
+        return {name.removeprefix(prefix): value for name, value in weights.items()}
+    if not isinstance(tower, TimmTower) or tower.config.weights is None:
+        return None
+    if tower.config.weights.startswith("package:"):
+        return _package_weights(tower.config.weights.removeprefix("package:"), tower.model)
+    return load_file(tower.config.weights)
 
 
 def package_classifier(package: str) -> tuple[Float[Tensor, "k w"], Float[Tensor, " k"]]:

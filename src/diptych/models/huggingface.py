@@ -71,7 +71,7 @@ def to_huggingface(model: DualEncoder, folder: Path) -> None:
     weights = export_weights(model, entries(config))
     with atomic_folder(folder) as target:
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-        (target / "config.json").write_text(json.dumps(_their_config(config, model.tokenizer.size), indent=2))
+        (target / "config.json").write_text(json.dumps(_their_config(config), indent=2))
         (target / "preprocessor_config.json").write_text(
             json.dumps(_their_preprocessing(config.image_policy), indent=2)
         )
@@ -148,7 +148,7 @@ def _config(settings: dict[str, Any], preprocessing: dict[str, Any], text_policy
     """Return our configuration; defaults are those of transformers, whose config.json may leave them out."""
     siglip = settings["model_type"] == "siglip"
     vision, text = settings.get("vision_config") or {}, settings.get("text_config") or {}
-    common = {"epsilon": 1e-6 if siglip else 1e-5}
+    epsilon = 1e-6 if siglip else 1e-5
     vision_config = VisionConfig(
         image_size=vision.get("image_size", 224),
         patch_size=vision.get("patch_size", 16 if siglip else 32),
@@ -160,7 +160,7 @@ def _config(settings: dict[str, Any], preprocessing: dict[str, Any], text_policy
         norm_before=not siglip,
         patch_bias=siglip,
         activation=_activation(vision, siglip),
-        epsilon=vision.get("layer_norm_eps", common["epsilon"]),
+        epsilon=vision.get("layer_norm_eps", epsilon),
     )
     text_config = TextConfig(
         vocabulary=text.get("vocab_size", 32000 if siglip else 49408),
@@ -173,7 +173,7 @@ def _config(settings: dict[str, Any], preprocessing: dict[str, Any], text_policy
         attend_padding=siglip,
         pool="last" if siglip else "end",
         activation=_activation(text, siglip),
-        epsilon=text.get("layer_norm_eps", common["epsilon"]),
+        epsilon=text.get("layer_norm_eps", epsilon),
     )
     return DualConfig(
         vision=vision_config,
@@ -268,7 +268,7 @@ def _local_folder(name: str, offline: bool) -> Path:
         raise CheckpointError(f"{name!r} could not be downloaded: {error}") from error
 
 
-def _their_config(config: DualConfig, vocabulary: int) -> dict[str, Any]:
+def _their_config(config: DualConfig) -> dict[str, Any]:
     family, vision, text = family_of(config), config.vision, config.text
     assert isinstance(vision, VisionConfig) and isinstance(text, TextConfig)
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
@@ -292,7 +292,7 @@ def _their_config(config: DualConfig, vocabulary: int) -> dict[str, Any]:
         "vision_config": tower(vision) | {"image_size": vision.image_size, "patch_size": vision.patch_size},
         "text_config": tower(text)
         | {
-            "vocab_size": vocabulary if family == "siglip" else text.vocabulary,
+            "vocab_size": text.vocabulary,
             "max_position_embeddings": text.length,
             "projection_size": config.text_head.dim,
             "bos_token_id": policy.begin,

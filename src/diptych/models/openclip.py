@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Engine
 from tokenizers.models import BPE
 from torch import nn
 
+from diptych.config import from_json, to_json
 from diptych.data.tokenizer import TextPolicy, Tokenizer
 from diptych.data.transforms import ImagePolicy
 from diptych.errors import CheckpointError, OfflineError, nearest, require
@@ -45,13 +46,14 @@ def from_openclip(spec: str, *, offline: bool = False, tokenizer: Tokenizer | No
     if Path(spec).is_dir():
         source = f"local-dir:{spec}"
         theirs = open_clip.create_model(source, load_weights=True)
-        settings = json.loads((Path(spec) / "open_clip_config.json").read_text())["model_cfg"]
-        tokenizer = tokenizer or _tokenizer(open_clip, settings, Path(spec))
+        record = json.loads((Path(spec) / "open_clip_config.json").read_text())
+        settings = record["model_cfg"]
+        tokenizer = tokenizer or _tokenizer(open_clip, settings, Path(spec), record.get("diptych_text_policy"))
     else:
         name, _, pretrained = spec.partition("/")
         theirs = _create(open_clip, name, pretrained, offline)
         settings = open_clip.get_model_config(name)
-        tokenizer = tokenizer or _tokenizer(open_clip, settings, None)
+        tokenizer = tokenizer or _tokenizer(open_clip, settings)
     config = _config(theirs, settings, tokenizer.policy)
     model = build(config, tokenizer)
     import_weights(model, dict(theirs.state_dict()), entries(config, timm=_is_timm(theirs)))
@@ -68,7 +70,11 @@ def to_openclip(model: DualEncoder, folder: Path) -> None:
     weights = export_weights(model, entries(config, timm=family_of(config) == "siglip"))
     with atomic_folder(folder) as target:
         save_file(weights, target / "open_clip_model.safetensors", metadata={"format": "pt"})
-        record = {"model_cfg": _their_config(config), "preprocess_cfg": _their_preprocessing(config.image_policy)}
+        record = {
+            "model_cfg": _their_config(config),
+            "preprocess_cfg": _their_preprocessing(config.image_policy),
+            "diptych_text_policy": to_json(config.text_policy),  # open_clip has no place for it and looks past it
+        }
         (target / "open_clip_config.json").write_text(json.dumps(record, indent=2))
         (target / "tokenizer.json").write_text(model.tokenizer.to_json())
 
@@ -200,7 +206,7 @@ def _config(theirs: Any, settings: dict[str, Any], text_policy: TextPolicy) -> D
         text=text,
         image_head=LinearHeadConfig(None if timm else dim),
         text_head=LinearHeadConfig(dim, bias=bias),
-        scale=ScaleConfig(bias=None if logit_bias is None else float(logit_bias)),
+        scale=ScaleConfig(bias=None if logit_bias is None else float(logit_bias.detach())),
         image_policy=_image_policy(theirs.visual.preprocess_cfg, vision.image_size),
         text_policy=text_policy,
     )
@@ -260,13 +266,15 @@ def _image_policy(record: dict[str, Any], size: int) -> ImagePolicy:
     )
 
 
-def _tokenizer(open_clip: Any, settings: dict[str, Any], folder: Path | None) -> Tokenizer:
-    """Return the model's tokenizer in our engine."""
+def _tokenizer(
+    open_clip: Any, settings: dict[str, Any], folder: Path | None = None, policy: dict[str, Any] | None = None
+) -> Tokenizer:
+    """Return the model's tokenizer in our engine; `policy` is the record that `to_openclip` left."""
     text = settings["text_cfg"]
     length = text.get("context_length", 77)
     if folder is not None and (folder / "tokenizer.json").exists():
         engine = Engine.from_file(str(folder / "tokenizer.json"))
-        return Tokenizer(engine, _policy_of(engine, text, length))
+        return Tokenizer(engine, from_json(TextPolicy, policy) if policy else _policy_of(engine, text, length))
     if "hf_tokenizer_name" in text:
         raise CheckpointError(
             f"This model needs the tokenizer {text['hf_tokenizer_name']!r}, which is not in its folder. "
@@ -276,7 +284,7 @@ def _tokenizer(open_clip: Any, settings: dict[str, Any], folder: Path | None) ->
 
 
 def _policy_of(engine: Engine, text: dict[str, Any], length: int) -> TextPolicy:
-    """Return the policy of a tokenizer.json that lies beside the weights: CLIP's, SigLIP's or ours, told apart by their tokens."""
+    """Return the policy of a tokenizer.json that lies beside the weights: SigLIP's, CLIP's, or one made by `Tokenizer.train`."""
     if text.get("no_causal_mask"):
         end = engine.token_to_id("</s>")
         return TextPolicy(length=length, clean="canonicalize", begin=None, end=end, pad=end or 0, pad_to="length")
@@ -372,6 +380,10 @@ def _timm_name(vision: VisionConfig) -> str:
 
 
 def _their_preprocessing(policy: ImagePolicy) -> dict[str, Any]:
+    if policy.resize == "crop" and policy.crop_fraction != 1:
+        raise CheckpointError(
+            f"open_clip's preprocessing cannot cut out the inner {policy.crop_fraction:.3g} of an image. Use hf, which can."
+        )
     names = {ours: theirs for theirs, ours in _RESIZE.items()}
     return {
         "size": policy.size,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from diptych.errors import CheckpointError, nearest
+from diptych.files import surviving
 from diptych.models.checkpoint import load_model, save_model
 from diptych.models.dual import DualEncoder
 from diptych.models.huggingface import from_huggingface, to_huggingface
@@ -40,7 +41,7 @@ def load(spec: str | Path, *, offline: bool = False) -> DualEncoder:
         return load_model(Path(str(files("diptych.models") / "shipped" / text)))
     path = Path(spec)
     for folder in (path / CHECKPOINT, path):
-        if (folder / "model.json").exists() or folder.with_name(f"{folder.name}.old").exists():
+        if (surviving(folder) / "model.json").exists():
             return load_model(folder)
     if path.exists():
         return load_model(path)  # says what is missing

@@ -59,7 +59,10 @@ def examine_source(source: AbstractSource, tokenizer: Tokenizer, batch_size: int
     checked = np.unique(np.linspace(0, len(source) - 1, min(LIMIT, len(source))).round().astype(int)).tolist()
     part = "" if len(checked) == len(source) else f" (looked at {len(checked):,} of them)"
     findings = [Finding("good", f"{len(source):,} samples{part}.")]
-    texts = [[text.text for text in source.texts(index) if text.role != "hard_negative"] for index in checked]
+    texts = [
+        [text.text for text in source.texts(index) if text.role != "hard_negative" and tokenizer.clean(text.text)]
+        for index in checked
+    ]
     return findings + _examine_images(source, checked) + _examine_texts(texts, tokenizer, batch_size)
 
 
@@ -108,7 +111,7 @@ def _examine_texts(texts: Sequence[Sequence[str]], tokenizer: Tokenizer, batch_s
     if without := sum(not group for group in texts):
         level: Level = "error" if without == len(texts) else "warning"
         findings.append(Finding(level, f"{without} samples have no text and will be skipped."))
-    flat = [text for group in texts for text in group if text.strip()]
+    flat = [text for group in texts for text in group]
     if not flat:
         return findings
     longest = tokenizer.policy.length
@@ -150,8 +153,13 @@ def expected_repeats(captions: Iterable[str], batch_size: int) -> float:
 
 
 def examine_training(objective: AbstractObjective[Encoded], loader: Loader) -> list[Finding]:
-    """Return whether a copy of the objective starts sanely and can learn one small batch by heart; the original is left alone."""
+    """Return whether a copy of the objective starts sanely and can learn one small batch by heart.
+
+    The original and the position of the loader are left alone.
+    """
+    position = loader.position
     batch = to_device(next(iter(loader)), objective.model.device)
+    loader.position = position
     findings = [_examine_start(objective, batch)]
     if len(batch) < 2:
         return [

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diptych.errors import require
+from diptych.files import atomic_file
 from diptych.training.recipe import Writer
 
 
@@ -22,7 +23,8 @@ class MetricsLog:
     def __init__(self, folder: Path, *, step: int = 0, writers: Sequence[Writer] = ()) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with atomic_file(self.path) as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._writers = [_open_writer(name, folder) for name in writers]
 
     def write(self, row: Mapping[str, Any]) -> None:

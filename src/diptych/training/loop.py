@@ -93,7 +93,9 @@ def fit(
                     "step": step,
                     "epoch": (step - 1) // steps_per_epoch,
                     "loss": sum(float(loss.total) for loss in losses) / len(losses),
-                    "parts": {name: float(value) for name, value in losses[0].parts.items()},
+                    "parts": {
+                        name: sum(float(loss.parts[name]) for loss in losses) / len(losses) for name in losses[0].parts
+                    },
                     "lr": lr,
                     "scale": model.scale.item(),
                     "grad_norm": norm,

@@ -17,7 +17,7 @@ class OptimizerConfig:
         tower_lr_factor: Towers learn at lr times this; below 1 for pretrained towers, whose heads are new.
         betas: Decay rates of the two moments.
         epsilon: Added to the root of the second moment.
-        weight_decay: Decoupled; never on biases, norms, embeddings of positions, temperature, or anything else of one dimension.
+        weight_decay: Decoupled; never on biases, norms, temperature, or anything else of one dimension.
         warmup_rate: Share of all steps spent warming up.
         clip_norm: Gradients are scaled down to this norm, or None.
         ema_decay: Decay per step of the averaged weights, which are then what is evaluated and saved; None for no average.

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diptych.data.loader import Loader, Position
-from diptych.errors import CheckpointError
+from diptych.errors import CheckpointError, TrainingError
 from diptych.files import atomic_folder, surviving
 from diptych.models.checkpoint import write_model
 from diptych.models.weights import CHECKPOINT
@@ -47,10 +48,12 @@ class RunState:
         modes = {module: module.training for module in self.objective.modules()}
         self.objective.eval()
         self.adopt_final_weights()
-        yield
-        self.adopt_final_weights()
-        for module, mode in modes.items():
-            module.training = mode
+        try:
+            yield
+        finally:
+            self.adopt_final_weights()
+            for module, mode in modes.items():
+                module.training = mode
 
     def adopt_final_weights(self) -> None:
         """Exchange raw and averaged weights; nothing to do without an average."""
@@ -105,32 +108,52 @@ def _zero_moments(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
+
+
 def save(state: RunState, folder: Path, step: int) -> None:
-    """Replace the checkpoint of a run directory; killed at any moment, the old one or the new one is there, whole."""
-    with atomic_folder(folder / CHECKPOINT) as target:
-        with state.final_weights():
-            write_model(state.objective.model, target)
-        save_file(state.tensors(), target / "training.safetensors")
-        (target / "training.json").write_text(json.dumps({"step": step, "position": asdict(state.loader.position)}))
+    """Replace the checkpoint of a run directory; killed at any moment, the old one or the new one is there, whole.
+
+    Raises:
+        TrainingError: If it cannot be written, for example because the disk is full; the old one stays.
+    """
+    try:
+        with atomic_folder(folder / CHECKPOINT) as target:
+            with state.final_weights():
+                write_model(state.objective.model, target)
+            save_file(state.tensors(), target / "training.safetensors")
+            (target / "training.json").write_text(json.dumps({"step": step, "position": asdict(state.loader.position)}))
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"The checkpoint of step {step} could not be written to {folder}: {error}. "
+            "The one before it is whole: make room on the disk, then resume."
+        ) from error
 
 
 def restore(state: RunState, folder: Path) -> int:
     """Put a saved state back; return its step, 0 when there is no checkpoint yet.
 
     Raises:
-        CheckpointError: If the checkpoint belongs to other parameters.
+        CheckpointError: If the checkpoint belongs to other parameters, or is damaged.
     """
     source = surviving(folder / CHECKPOINT)
     if not (source / "training.json").exists():
         return 0
-    saved, expected = load_file(source / "training.safetensors"), state.tensors()
-    strange = sorted(set(saved) ^ set(expected)) or [n for n in saved if saved[n].shape != expected[n].shape]
+    try:
+        saved = load_file(source / "training.safetensors")
+        record = json.loads((source / "training.json").read_text())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{source} cannot be read: {error}. Start a new run in another folder.") from error
+    expected = state.tensors()
+    # A machine with a GPU has one generator more than one without.
+    names = {name for name in {*saved, *expected} if not name.startswith("generator.")}
+    strange = sorted(name for name in names if _shape(saved, name) != _shape(expected, name))
     if strange:
         raise CheckpointError(
             f"{source} was saved by a run with other parameters (first difference: {strange[0]}). "
             "Resume with the recipe.json of that run, or start a new run in another folder."
         )
     state.load(saved)
-    record = json.loads((source / "training.json").read_text())
     state.loader.position = Position(**record["position"])
     return int(record["step"])

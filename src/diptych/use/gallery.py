@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from diptych.data.images import decode
 from diptych.data.sources import AbstractSource
-from diptych.models.embedding import Embedded
+from diptych.models.embedding import Embedded, folded
 from diptych.use.page import thumbnail, words
 
 
@@ -92,11 +90,11 @@ def retrieval_cards(
         seed: Of the choice.
     """
     scores = embedded.images @ embedded.texts.T
-    owner = torch.tensor(embedded.owner)
-    place = {source[index].key: index for index in range(len(source))}
+    spoken = [folded(text) for text in embedded.captions]
+    told = {(embedded.groups[row], text) for row, text in zip(embedded.owner, spoken, strict=True)}
 
     def picture(row: int) -> Image.Image:
-        image = source[place[embedded.keys[row]]].image
+        image = source[embedded.rows[row]].image
         assert image is not None
         return decode(image)
 
@@ -105,39 +103,42 @@ def retrieval_cards(
             (text for text, o in zip(embedded.captions, embedded.owner, strict=True) if o == row), embedded.keys[row]
         )
 
+    def right(row: int, j: int) -> bool:
+        """Return whether text j belongs to an image, as it counts in the numbers."""
+        return (embedded.groups[row], spoken[j]) in told
+
     rows = sorted(set(embedded.owner))
-    first_right = owner[scores.argmax(1)] == torch.arange(len(scores))
+    nearest_text, nearest_image = scores.argmax(1).tolist(), scores.argmax(0).tolist()
     forward = [
         Card(
             caption(row),
             picture(row),
             tuple(
-                Candidate(scores[row, j].item(), embedded.captions[j], right=embedded.owner[j] == row)
-                for j in scores[row].topk(min(5, len(owner))).indices.tolist()
+                Candidate(scores[row, j].item(), embedded.captions[j], right=right(row, j))
+                for j in scores[row].topk(min(5, len(spoken))).indices.tolist()
             ),
         )
-        for row in _choose(torch.tensor([bool(first_right[row]) for row in rows]), rows, count, seed)
+        for row in _choose([right(row, nearest_text[row]) for row in rows], rows, count, seed)
     ]
-    right_image = scores.argmax(0) == owner
     backward = [
         Card(
             embedded.captions[j],
             None,
             tuple(
-                Candidate(scores[i, j].item(), caption(i), picture(i), right=embedded.owner[j] == i)
+                Candidate(scores[i, j].item(), caption(i), picture(i), right=right(i, j))
                 for i in scores[:, j].topk(min(5, len(scores))).indices.tolist()
             ),
         )
-        for j in _choose(right_image, list(range(len(owner))), count, seed + 1)
+        for j in _choose([right(i, j) for j, i in enumerate(nearest_image)], range(len(spoken)), count, seed + 1)
     ]
     return forward, backward
 
 
-def _choose(hit: Tensor, rows: Sequence[int], count: int, seed: int) -> list[int]:
+def _choose(hit: Sequence[bool], rows: Sequence[int], count: int, seed: int) -> list[int]:
     """Return about `count` rows, half of them hits and half misses, as far as there are any; hits first."""
     rng = np.random.default_rng(seed)
-    hits = [row for row, good in zip(rows, hit.tolist(), strict=True) if good]
-    misses = [row for row, good in zip(rows, hit.tolist(), strict=True) if not good]
+    hits = [row for row, good in zip(rows, hit, strict=True) if good]
+    misses = [row for row, good in zip(rows, hit, strict=True) if not good]
     half = count // 2
     few_hits, few_misses = len(hits) < half, len(misses) < half
     take = count - len(misses) if few_misses else half, count - len(hits) if few_hits else count - half

@@ -134,7 +134,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_name: str = "step") -> st
     curves = "".join(
         f'<polyline fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round" points="'
         + " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line.points)
-        + f'"><title>{escape(line.name)}: {line.points[-1][1]:.4g} at {x_name} {line.points[-1][0]:g}</title></polyline>'
+        + f'"><title>{escape(line.name)}: {line.points[-1][1]:.4g} at {escape(x_name)} {line.points[-1][0]:g}</title></polyline>'
         for line, colour in zip(lines, colours, strict=False)
     )
     legend = " ".join(

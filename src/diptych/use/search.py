@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from diptych.config import from_json, to_json
 from diptych.data.images import decode
-from diptych.data.sources import AbstractSource
+from diptych.data.sources import AbstractSource, Columns
 from diptych.data.transforms import preprocess
-from diptych.errors import CheckpointError, InputError, require
+from diptych.errors import CheckpointError, ImageError, InputError, require
 from diptych.files import atomic_folder
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import ProgressBar, embed_source, embed_texts, inference
@@ -29,10 +30,12 @@ class Item:
 
     Attributes:
         key: In its source.
+        row: In its source.
         texts: Its captions, for showing.
     """
 
     key: str
+    row: int
     texts: tuple[str, ...]
 
 
@@ -46,6 +49,7 @@ class Index:
         items: One per row.
         images: L2-normalised embeddings.
         skipped: Images that could not be read.
+        columns: What the columns of the source were said to mean.
     """
 
     model: str
@@ -53,12 +57,18 @@ class Index:
     items: tuple[Item, ...]
     images: Float[Tensor, "n d"]
     skipped: int = 0
+    columns: Columns = Columns()
 
     def save(self, folder: Path) -> None:
         """Write the index; the folder holds the old one or the new one, whole."""
         with atomic_folder(folder) as target:
             save_file({"images": self.images}, target / "embeddings.safetensors")
-            record = {"model": self.model, "source": self.source, "skipped": self.skipped}
+            record = {
+                "model": self.model,
+                "source": self.source,
+                "skipped": self.skipped,
+                "columns": to_json(self.columns),
+            }
             (target / "index.json").write_text(json.dumps(record, indent=2))
             lines = (json.dumps(asdict(item), ensure_ascii=False) for item in self.items)
             (target / "items.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -75,14 +85,17 @@ class Index:
                 f"{folder} is no index. Make one with: diptych embed SOURCE --model MODEL --out {folder}"
             )
         record = json.loads((folder / "index.json").read_text())
-        lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
-        items = tuple(Item(row["key"], tuple(row["texts"])) for row in map(json.loads, lines))
+        lines = (
+            (folder / "items.jsonl").read_text(encoding="utf-8").split("\n")
+        )  # not `splitlines`: a caption may hold U+2028
+        items = tuple(Item(item["key"], item["row"], tuple(item["texts"])) for item in map(json.loads, lines))
         return cls(
             record["model"],
             record["source"],
             items,
             load_file(folder / "embeddings.safetensors")["images"],
             record["skipped"],
+            from_json(Columns, record["columns"]),
         )
 
 
@@ -107,15 +120,18 @@ def build_index(
     *,
     model_spec: str,
     source_spec: str,
+    columns: Columns = Columns(),
     progress: ProgressBar | None = None,
 ) -> Index:
     """Return the index of a source; unreadable images are left out and counted."""
     embedded = embed_source(model, source, progress=progress)
     texts: list[list[str]] = [[] for _ in embedded.keys]
-    for text, row in zip(embedded.captions, embedded.owner, strict=True):
-        texts[row].append(text)
-    items = tuple(Item(key, tuple(found)) for key, found in zip(embedded.keys, texts, strict=True))
-    return Index(model_spec, source_spec, items, embedded.images, len(embedded.skipped))
+    for text, owner in zip(embedded.captions, embedded.owner, strict=True):
+        texts[owner].append(text)
+    items = tuple(
+        Item(key, row, tuple(found)) for key, row, found in zip(embedded.keys, embedded.rows, texts, strict=True)
+    )
+    return Index(model_spec, source_spec, items, embedded.images, len(embedded.skipped), columns)
 
 
 def embed_query(model: DualEncoder, *, text: str | None = None, image: bytes | None = None) -> Float[Tensor, " d"]:
@@ -179,8 +195,10 @@ def search_index(
         finder: How to look; exactly by default.
 
     Raises:
-        InputError: If query and index come from different models.
+        InputError: If query and index come from different models, or `count` is below 1.
     """
+    if count < 1:
+        raise InputError(f"count is how many images to find, at least 1, not {count}.")
     if query.shape[0] != index.images.shape[1]:
         raise InputError(
             f"The query has {query.shape[0]} dimensions, the index {index.images.shape[1]}; it was made with {index.model}."
@@ -192,11 +210,16 @@ def search_index(
 
 
 def pictures(source: AbstractSource, hits: Sequence[Hit]) -> dict[str, Image.Image]:
-    """Return the images of the hits by key, read again from the source they were embedded from."""
-    wanted = {hit.item.key for hit in hits}
+    """Return the images of the hits by key, read again from the source they were embedded from.
+
+    Nothing else is read. Images that have gone or moved since are left out.
+    """
     found = {}
-    for index in range(len(source)):
-        sample = source[index]
-        if sample.key in wanted and sample.image is not None:
-            found[sample.key] = decode(sample.image)
+    for item in (hit.item for hit in hits if hit.item.row < len(source)):
+        try:
+            sample = source[item.row]
+            if sample.key == item.key and sample.image is not None:
+                found[item.key] = decode(sample.image)
+        except ImageError:
+            continue
     return found

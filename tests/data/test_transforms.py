@@ -1,0 +1,152 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+
+from diptych.data.transforms import Augment, ImagePolicy, augment, preprocess, random_box
+from diptych.errors import ImageError
+
+SIZES = [(37, 53), (53, 37), (31, 31), (224, 101), (7, 200), (64, 64), (1, 1), (2, 1)]
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(256, size=(height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("side", "fraction"), [(32, 1.0), (33, 1.0), (32, 0.875), (28, 0.9)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+def test_crop_is_torchvision_s_to_the_bit(size, side, fraction, interpolation):
+    image = noise(*size)
+    resize = Resize(round(side / fraction), InterpolationMode(interpolation), antialias=True)
+    expected = Compose([resize, CenterCrop(side), PILToTensor()])(image)
+    policy = ImagePolicy(side, crop_fraction=fraction, interpolation=interpolation)
+    found = preprocess(image, policy)
+    assert found.dtype == torch.uint8 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_squash_is_torchvision_s_to_the_bit(size):
+    resize = Resize((30, 30), InterpolationMode.BICUBIC, antialias=True)
+    expected = PILToTensor()(resize(noise(*size)))
+    for fraction in (1.0, 0.5):  # only `crop` uses it
+        assert torch.equal(preprocess(noise(*size), ImagePolicy(30, resize="squash", crop_fraction=fraction)), expected)
+
+
+@pytest.mark.parametrize(("size", "inner"), [((40, 20), (16, 8)), ((20, 40), (8, 16)), ((3, 48), (1, 16))])
+def test_pad_keeps_everything_and_fills_with_the_background(size, inner):
+    policy = ImagePolicy(16, resize="pad", background=(9, 8, 7))
+    found = preprocess(noise(*size), policy).permute(1, 2, 0).numpy()
+    expected = Image.new("RGB", (16, 16), (9, 8, 7))
+    left, top = round((16 - inner[0]) / 2), round((16 - inner[1]) / 2)
+    expected.paste(noise(*size).resize(inner, Image.Resampling.BICUBIC), (left, top))
+    assert np.array_equal(found, np.asarray(expected))
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    image = noise(24, 24)
+    for resize in ("crop", "squash", "pad"):
+        found = preprocess(image, ImagePolicy(24, resize=resize))
+        assert torch.equal(found.permute(1, 2, 0), torch.from_numpy(np.array(image)))
+
+
+def test_one_pixel_fills_the_square():
+    image = Image.new("RGB", (1, 1), (10, 20, 30))
+    for resize in ("crop", "squash", "pad"):
+        found = preprocess(image, ImagePolicy(8, resize=resize))
+        assert torch.equal(found, torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
+    change = Augment(crop_scale=(0.1, 0.5), flip_rate=0.5, jitter=0.2, gray_rate=0.5)
+    assert augment(image, ImagePolicy(8), change, np.random.default_rng(0)).shape == (3, 8, 8)
+
+
+def test_of_a_very_wide_image_the_centre_is_kept():
+    image = Image.new("RGB", (4000, 2))
+    image.paste((255, 255, 255), (2000, 0, 4000, 2))
+    found = preprocess(image, ImagePolicy(32)).float()[0, 16]
+    assert found[0] == 0 and found[-1] == 255 and found.mean() == pytest.approx(127.5, abs=1)
+    tall = preprocess(image.transpose(Image.Transpose.ROTATE_90), ImagePolicy(32)).float()[0, :, 16]
+    assert tall[0] == 255 and tall[-1] == 0
+
+
+def test_an_absurdly_wide_image_is_refused_before_it_fills_the_memory():
+    image = Image.new("RGB", (100_000, 1))
+    with pytest.raises(ImageError, match=r"100000 x 1 pixels becomes 6400000 x 64 .* at most 100,000,000"):
+        preprocess(image, ImagePolicy(64))
+    assert preprocess(image, ImagePolicy(64, resize="squash")).shape == (3, 64, 64)
+    assert augment(image, ImagePolicy(64), Augment(crop_scale=(0.5, 1)), np.random.default_rng(0)).shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("fraction", [1.0, 0.875])
+def test_no_change_is_the_evaluation_path(size, resize, fraction):
+    policy = ImagePolicy(32, resize=resize, crop_fraction=fraction)
+    found = augment(noise(*size), policy, Augment(), np.random.default_rng(0))
+    assert torch.equal(found, preprocess(noise(*size), policy))
+
+
+def test_flip_gray_and_jitter():
+    image, policy = noise(40, 30), ImagePolicy(16)
+    rng = np.random.default_rng(0)
+    flipped = augment(image, policy, Augment(flip_rate=1), rng)
+    assert torch.equal(flipped, preprocess(ImageOps.mirror(image), policy))
+    gray = augment(image, policy, Augment(gray_rate=1), rng)
+    assert torch.equal(gray, preprocess(ImageOps.grayscale(image).convert("RGB"), policy))
+    plain = Image.new("RGB", (16, 16), (100, 100, 100))  # has no contrast and no colour: only brightness can change
+    levels = [augment(plain, policy, Augment(jitter=0.4), rng).unique() for _ in range(200)]
+    assert all(len(level) == 1 for level in levels)
+    assert 60 <= min(levels) < 65 and 135 < max(levels) <= 140
+
+
+def test_rates_are_rates():
+    image, policy = Image.new("RGB", (8, 8)), ImagePolicy(8)
+    image.paste((255, 0, 0), (0, 0, 4, 8))
+    rng = np.random.default_rng(0)
+    views = [augment(image, policy, Augment(flip_rate=0.3, gray_rate=0.2), rng) for _ in range(1000)]
+    flipped = sum(int(view[0, 0, 0] == 0) for view in views)
+    gray = sum(int(torch.equal(view[0], view[1])) for view in views)
+    assert flipped == pytest.approx(300, abs=60) and gray == pytest.approx(200, abs=52)  # four standard deviations
+
+
+def test_equal_generators_give_equal_views():
+    change = Augment(crop_scale=(0.2, 1), flip_rate=0.5, jitter=0.5, gray_rate=0.3)
+    views = [augment(noise(50, 40), ImagePolicy(16), change, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 2000),
+    st.integers(1, 2000),
+    st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    st.tuples(st.floats(0.25, 4), st.floats(0.25, 4)),
+    st.integers(0, 2**32),
+)
+def test_a_random_box_is_inside_with_area_and_ratio_in_range(width, height, scale, ratio, seed):
+    (low, high), (narrow, wide) = sorted(scale), sorted(ratio)
+    change = Augment(crop_scale=(low, high), crop_ratio=(narrow, wide))
+    x0, y0, x1, y1 = random_box((width, height), change, np.random.default_rng(seed))
+    assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+    w, h = x1 - x0, y1 - y0
+    share, found = w * h / (width * height), w / h
+    assert share <= high * (1 + 1e-6)
+    if w < width * (1 - 1e-9) and h < height * (1 - 1e-9):  # it was not shrunk
+        assert low * (1 - 1e-6) <= share and narrow * (1 - 1e-6) <= found <= wide * (1 + 1e-6)
+
+
+def test_boxes_are_spread_evenly():
+    rng = np.random.default_rng(0)
+    change = Augment(crop_scale=(0.25, 0.64), crop_ratio=(1 / 1.5, 1.5))
+    boxes = np.array([random_box((100, 100), change, rng) for _ in range(4000)])
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert (w * h / 1e4).mean() == pytest.approx(0.445, abs=0.008)  # uniform in area
+    assert np.log(w / h).mean() == pytest.approx(0, abs=0.016)  # as often wide as tall
+    assert np.abs(np.log(w / h)).max() > math.log(1.45)
+    assert (boxes[:, 0] / (100 - w)).mean() == pytest.approx(0.5, abs=0.02)  # as often left as right
+    assert (boxes[:, 1] / (100 - h)).mean() == pytest.approx(0.5, abs=0.02)

@@ -1,0 +1,93 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from diptych.methods.clip import Config, Objective, mini, recipe
+from diptych.models.dual import MAX_LOG_SCALE
+from diptych.types import Batch, PairEmbeddings, Tokens
+
+
+def pairs(group: list[int], key: list[int]) -> Batch:
+    n = len(group)
+    ids = torch.zeros(n, 1, dtype=torch.int64)
+    tokens = Tokens(ids, torch.ones(n, 1, dtype=torch.bool), torch.tensor(key))
+    return Batch(tuple(map(str, range(n))), (), (tokens,), torch.tensor(group))
+
+
+def embeddings(n: int, dim: int = 6) -> PairEmbeddings:
+    generator = torch.Generator().manual_seed(n)
+    image, text = torch.nn.functional.normalize(torch.randn(2, n, dim, generator=generator), dim=-1)
+    return PairEmbeddings((image,), (text,))
+
+
+def loss(model, encoded: PairEmbeddings, batch: Batch, *, multi_positive: bool = True) -> float:
+    return Objective(model, Config(multi_positive)).loss(encoded, batch).total.item()
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+def figure_3(image: Tensor, text: Tensor, log_scale: float) -> float:
+    """Return the loss as in the pseudo-code of the paper."""
+    logits = image @ text.T * math.exp(log_scale)
+    labels = torch.arange(len(logits))
+    return ((cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2).item()
+
+
+def test_distinct_samples_give_the_loss_of_the_paper(model):
+    encoded, batch = embeddings(7), pairs([*range(7)], [*range(7)])
+    expected = figure_3(encoded.images[0], encoded.texts[0], math.log(1 / 0.07))
+    assert loss(model, encoded, batch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_switch_changes_nothing_on_distinct_samples(model):
+    encoded, batch = embeddings(7), pairs([*range(7)], [*range(7)])
+    assert loss(model, encoded, batch) == loss(model, encoded, batch, multi_positive=False)
+
+
+@pytest.mark.parametrize(
+    ("group", "key"), [([5, 5, 6], [1, 2, 3]), ([1, 2, 3], [5, 5, 6]), ([5, 5, 6], [7, 7, 8])], ids=str
+)
+def test_duplicates_are_positives_of_each_other_by_hand(model, group, key):
+    # Samples 0 and 1 have the same embeddings, 2 is orthogonal: a duplicate row is (s, s, 0).
+    image = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    encoded, s = PairEmbeddings((image,), (image,)), 1 / 0.07
+    both = math.log(2 + math.exp(-s))  # -log softmax of one s among (s, s, 0)
+    alone = math.log(1 + 2 * math.exp(-s))  # of s among (s, 0, 0)
+    found = loss(model, encoded, pairs(group, key))
+    assert found == pytest.approx((2 * both + alone) / 3, abs=1e-6)
+    assert found == pytest.approx(2 / 3 * math.log(2), abs=1e-5)  # the mean log number of positives, the least there is
+
+
+def test_switched_off_a_duplicate_is_a_negative(model):
+    encoded = embeddings(4)
+    duplicated = loss(model, encoded, pairs([1, 1, 2, 3], [1, 2, 3, 4]), multi_positive=False)
+    assert duplicated == loss(model, encoded, pairs([1, 2, 3, 4], [1, 2, 3, 4]))
+    assert duplicated != pytest.approx(loss(model, encoded, pairs([1, 1, 2, 3], [1, 2, 3, 4])))
+
+
+def test_the_scale_is_clamped_at_100(model):
+    encoded, batch = embeddings(5), pairs([*range(5)], [*range(5)])
+    with torch.no_grad():
+        model.log_scale.fill_(50.0)
+    expected = figure_3(encoded.images[0], encoded.texts[0], MAX_LOG_SCALE)
+    assert loss(model, encoded, batch) == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_the_first_view_and_the_first_text_are_used(model):
+    encoded, batch = embeddings(5), pairs([*range(5)], [*range(5)])
+    more = PairEmbeddings(encoded.images * 2, (encoded.texts[0], -encoded.texts[0]))
+    column = replace(batch.texts[0], key=torch.zeros(5, dtype=torch.int64))
+    assert loss(model, more, replace(batch, texts=(batch.texts[0], column))) == loss(model, encoded, batch)
+
+
+def test_the_default_trains_heads_only_and_the_miniature_everything_from_scratch():
+    assert (recipe().model.start, recipe().model.vision_mode, recipe().model.text_mode) == ("auto", "frozen", "frozen")
+    assert (mini().model.start, mini().model.vision_mode, mini().model.text_mode) == ("new", "full", "full")
+    assert mini().model.architecture.scale.log_scale == pytest.approx(math.log(1 / 0.07))

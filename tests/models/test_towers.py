@@ -1,0 +1,306 @@
+"""Image and text towers, ours and those of timm and transformers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diptych.errors import CheckpointError, ConfigError, TextError
+from diptych.models.foreign import HFTextConfig, HFTextTower, TimmConfig, TimmTower, load_source
+from diptych.models.text import TextConfig, TextTransformer
+from diptych.models.vision import VisionConfig, VisionTransformer
+
+VISION = VisionConfig(image_size=12, patch_size=4, width=16, depth=2, heads=2, mlp_width=24)
+TEXT = TextConfig(vocabulary=50, length=8, width=16, depth=2, heads=2, mlp_width=24)
+
+
+def image_tower(**changes) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(replace(VISION, **changes)).eval()
+
+
+def text_tower(**changes) -> TextTransformer:
+    torch.manual_seed(0)
+    tower = TextTransformer(replace(TEXT, **changes)).eval()
+    torch.nn.init.normal_(tower.position)  # as drawn, positions hardly differ from each other
+    torch.nn.init.normal_(tower.token_embedding.weight)
+    return tower
+
+
+def pixels(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def tokens(*lengths: int, pad: int = 0, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random ids of texts of these lengths, and their mask; equal lengths, equal ids, whatever the padding."""
+    ids = torch.randint(1, 50, (len(lengths), 20), generator=torch.Generator().manual_seed(0))[
+        :, : width or max(lengths)
+    ]
+    mask = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+    return ids.where(mask, pad), mask
+
+
+# --- our image tower ---
+
+
+def test_class_token_is_pooled_and_left_out_of_the_patches():
+    tower = image_tower(pool="class")
+    with torch.no_grad():
+        out = tower(pixels(2, 3, 12, 12), layers=(0, 1), attention=(1,))
+        normed = tower.norm_after(out.layers[1])
+    assert out.layers[0].shape == (2, 1 + 9, 16) and out.attention[0].shape == (2, 2, 10, 10)
+    assert torch.equal(out.pooled, normed[:, 0]) and torch.equal(out.tokens, normed[:, 1:])
+    assert out.grid == (3, 3) and out.mask is None
+
+
+def test_mean_and_attention_pool_all_patches():
+    with torch.no_grad():
+        out = image_tower(pool="mean")(pixels(2, 3, 12, 12))
+        torch.testing.assert_close(out.pooled, out.tokens.mean(1))
+        tower = image_tower(pool="attention")
+        out = tower(pixels(2, 3, 12, 12))
+        torch.testing.assert_close(out.pooled, tower.attention_pool(out.tokens))
+    assert out.tokens.shape == (2, 9, 16)
+
+
+@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
+@pytest.mark.parametrize(("row", "column"), [(0, 2), (2, 0), (1, 2)])
+def test_patches_come_in_row_order(pool, row, column):
+    tower, image = image_tower(pool=pool), pixels(1, 3, 12, 12)
+    other = image.clone()
+    other[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+    with torch.no_grad():
+        change = (tower(image).tokens - tower(other).tokens).abs().sum(-1)[0]
+    assert int(change.argmax()) == 3 * row + column
+
+
+def test_position_and_norm_before_the_blocks():
+    tower, image = image_tower(pool="mean", depth=1), pixels(1, 3, 12, 12)
+    plain = image_tower(pool="mean", depth=1, norm_before=False)
+    plain.load_state_dict(tower.state_dict(), strict=False)
+    with torch.no_grad():
+        embedded = tower.patch_embedding(image).flatten(2).transpose(1, 2) + tower.position
+        for model, stream in ((plain, embedded), (tower, tower.norm_before(embedded))):
+            torch.testing.assert_close(model(image).tokens, model.norm_after(model.transformer(stream)[0]))
+
+
+def test_images_of_a_batch_do_not_meet():
+    tower, images = image_tower(), pixels(3, 3, 12, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(images).pooled[1:2], tower(images[1:2]).pooled)
+
+
+def test_an_image_must_be_a_whole_number_of_patches():
+    with pytest.raises(ConfigError, match="image_size 13 must be a multiple of patch_size 4"):
+        image_tower(image_size=13)
+
+
+# --- our text tower ---
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pool", ["end", "mean", "first"])
+def test_padding_changes_nothing(pool, causal):
+    tower = text_tower(pool=pool, causal=causal)
+    with torch.no_grad():
+        short = tower(*tokens(5, 2, 5)).pooled
+        for pad in (0, 7):
+            torch.testing.assert_close(tower(*tokens(5, 2, 5, width=8, pad=pad)).pooled, short)
+        torch.testing.assert_close(tower(*(part[1:2, :2] for part in tokens(5, 2, 5))).pooled, short[1:2])
+
+
+def test_padding_counts_where_it_is_looked_at():
+    tower = text_tower(pool="last", causal=False, attend_padding=True)
+    with torch.no_grad():
+        found = [tower(*tokens(3, width=8, pad=pad)).pooled for pad in (0, 7)]
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("pool", "positions"), [("end", (4, 1)), ("last", (4, 4)), ("first", (0, 0))])
+def test_which_token_is_pooled(pool, positions):
+    with torch.no_grad():
+        out = text_tower(pool=pool)(*tokens(5, 2))
+    assert torch.equal(out.pooled, torch.stack([out.tokens[0, positions[0]], out.tokens[1, positions[1]]]))
+
+
+def test_mean_is_over_real_tokens():
+    with torch.no_grad():
+        out = text_tower(pool="mean")(*tokens(5, 2))
+    torch.testing.assert_close(out.pooled[1], out.tokens[1, :2].mean(0))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_causal_texts_do_not_look_ahead(causal):
+    tower, (ids, mask) = text_tower(causal=causal), tokens(6)
+    other = ids.clone()
+    other[0, 3] = (ids[0, 3] + 1) % 50
+    with torch.no_grad():
+        change = (tower(ids, mask).tokens - tower(other, mask).tokens).abs().amax(-1)[0]
+    assert (change[3:] > 1e-4).all()
+    assert not change[:3].any() if causal else (change[:3] > 1e-4).all()
+
+
+def test_order_of_words_counts():
+    tower, (ids, mask) = text_tower(pool="mean", causal=False), tokens(6)
+    with torch.no_grad():
+        assert (tower(ids, mask).pooled - tower(ids.flip(1), mask).pooled).abs().max() > 0.1
+
+
+def test_layers_and_attention_of_texts():
+    tower = text_tower()
+    with torch.no_grad():
+        out = tower(*tokens(5, 2), layers=(1, 0), attention=(0,))
+        torch.testing.assert_close(tower.norm_after(out.layers[0]), out.tokens)
+    assert not torch.equal(out.layers[0], out.layers[1])
+    assert not out.attention[0].triu(1).any()  # the causal mask
+    torch.testing.assert_close(out.attention[0].sum(-1), torch.ones(2, 2, 5))
+
+
+def test_too_long_a_text_is_refused():
+    with pytest.raises(TextError, match="at most 8 tokens, these texts have 9"):
+        text_tower()(*tokens(9))
+    assert text_tower()(*tokens(8)).pooled.shape == (1, 16)
+
+
+# --- timm ---
+
+
+def test_feature_maps_of_timm_become_patches_in_row_order():
+    torch.manual_seed(0)
+    tower, images = TimmTower(TimmConfig("test_resnet")).eval(), pixels(2, 3, 160, 96)
+    with torch.no_grad():
+        out, maps = tower(images), tower.model.forward_features(images)
+    assert out.grid == (5, 3) and tower.width == out.pooled.shape[1] == 96
+    assert torch.equal(out.tokens[:, 3 * 4 + 1], maps[:, :, 4, 1])
+    torch.testing.assert_close(out.pooled, out.tokens.mean(1))
+
+
+def test_timm_models_with_channels_last_are_turned():
+    torch.manual_seed(0)
+    tower, images = TimmTower(TimmConfig("swin_tiny_patch4_window7_224")).eval(), pixels(1, 3, 224, 224)
+    with torch.no_grad():
+        out, maps = tower(images), tower.model.forward_features(images)
+    assert out.grid == (7, 7) and maps.shape == (1, 7, 7, 768)
+    assert torch.equal(out.tokens[:, 7 * 4 + 1], maps[:, 4, 1])
+
+
+def test_tokens_of_timm_lose_their_class_token():
+    torch.manual_seed(0)
+    tower, images = TimmTower(TimmConfig("test_vit")).eval(), pixels(1, 3, 160, 160)
+    with torch.no_grad():
+        out, features = tower(images), tower.model.forward_features(images)
+        torch.testing.assert_close(out.pooled, tower.model(images))
+    assert out.grid == (10, 10) and torch.equal(out.tokens, features[:, 1:])
+
+
+def test_a_wider_pooled_vector_of_timm_stands_alone():
+    tower = TimmTower(TimmConfig("test_mambaout")).eval()
+    with torch.no_grad():
+        out = tower(pixels(1, 3, 160, 160))
+    assert tower.width == out.pooled.shape[1] == 256 and out.tokens is None and out.grid is None
+
+
+def test_timm_gives_no_single_layers():
+    tower = TimmTower(TimmConfig("test_resnet"))
+    with pytest.raises(ConfigError, match="VisionConfig"):
+        tower(pixels(1, 3, 160, 160), layers=(0,))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite9", "efficientnet-lite0", "efficientnetlite0"])
+def test_an_unknown_timm_model_names_the_nearest(name):
+    with pytest.raises(ConfigError, match=rf"no model '{name}'\. Closest: .*efficientnet_lite0"):
+        TimmTower(TimmConfig(name))
+
+
+def test_weights_of_timm_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    donor = TimmTower(TimmConfig("test_resnet"))
+    save_file({**donor.model.state_dict(), "fc.weight": torch.ones(2, 2)}, tmp_path / "weights.safetensors")
+    tower = TimmTower(TimmConfig("test_resnet", str(tmp_path / "weights.safetensors")))
+    load_source(tower)
+    for name, value in donor.model.state_dict().items():
+        assert torch.equal(tower.model.state_dict()[name], value), name
+    save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"lack \d+ tensors of the tower, first 'conv1"):
+        load_source(tower)
+
+
+# --- transformers ---
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """Return a tiny BERT of transformers and the folder it is saved in."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertModel(BertConfig(vocab_size=50, max_position_embeddings=16, initializer_range=0.5, **sizes)).eval()
+    model.save_pretrained(folder := tmp_path_factory.mktemp("bert"))
+    return model, folder
+
+
+def hf_tower(folder, pool="mean") -> HFTextTower:
+    tower = HFTextTower(HFTextConfig(str(folder), pool)).eval()
+    load_source(tower)
+    return tower
+
+
+def test_a_text_tower_of_transformers_gives_what_transformers_gives(bert):
+    theirs, folder = bert
+    ids, mask = tokens(5, 2)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+        out = hf_tower(folder)(ids, mask, layers=(1, 0))
+        first = hf_tower(folder, "first")(ids, mask)
+    hidden = expected.last_hidden_state
+    torch.testing.assert_close(out.tokens, hidden)
+    torch.testing.assert_close(out.pooled, torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)]))
+    torch.testing.assert_close(first.pooled, hidden[:, 0])
+    torch.testing.assert_close(out.layers, (expected.hidden_states[2], expected.hidden_states[1]))
+
+
+@pytest.mark.parametrize("pool", ["mean", "first"])
+def test_padding_changes_nothing_in_transformers_either(bert, pool):
+    tower = hf_tower(bert[1], pool)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(*tokens(5, 2, width=9, pad=7)).pooled, tower(*tokens(5, 2)).pooled)
+
+
+def test_every_parameter_of_a_text_tower_is_used(bert):
+    tower = hf_tower(bert[1])
+    tower(*tokens(5, 2)).pooled[:, 0].sum().backward()
+    assert all(parameter.grad is not None for parameter in tower.parameters())
+
+
+def test_attention_of_transformers_must_be_switched_on(bert):
+    tower = hf_tower(bert[1])
+    with pytest.raises(ConfigError, match=r"set_attn_implementation\('eager'\)"):
+        tower(*tokens(5, 2), attention=(0,))
+    tower.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        (found,) = tower(*tokens(5, 2), attention=(0,)).attention
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 5))
+    assert not found[1, :, :, 2:].any()
+
+
+def test_weights_with_a_prefix_or_with_gaps(bert, tmp_path):
+    folder = bert[1]
+    weights = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    save_file({f"bert.{name}": value for name, value in weights.items()}, tmp_path / "model.safetensors")
+    ids, mask = tokens(5, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(hf_tower(tmp_path)(ids, mask).tokens, hf_tower(folder)(ids, mask).tokens)
+    weights.pop("encoder.layer.1.output.dense.bias")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"lack 1 tensors of the tower, first 'encoder.layer.1.output.dense.bias'"
+    ):
+        hf_tower(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config.json of a transformers model; '.*' has none"):
+        HFTextTower(HFTextConfig(str(tmp_path)))
