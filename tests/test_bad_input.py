@@ -218,7 +218,7 @@ def test_wrong_configuration_names_the_nearest(record, message):
     [
         ({"held_out": 1.5}, "held_out is a share between 0 and 1, not 1.5"),
         ({"data": {"batch_size": 0}}, "batch_size must be >= 1"),
-        ({"device": "gpu"}, "device is 'gpu', which torch does not know"),
+        ({"device": "gpu"}, "device is 'gpu', which torch cannot use here"),
     ],
 )
 def test_impossible_values_are_refused(photos, changes, message):

@@ -44,6 +44,7 @@ from diptych.use.search import (
     Index,
     approximate_finder,
     build_index,
+    check_model,
     embed_query,
     pictures,
     search_index,
@@ -131,17 +132,17 @@ def train(
     if overwrite and not resume:
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume:  # what a run was started with is not replaced before it is known to fit
+    if resume:
+        _check_data(folder, training)
+    else:  # what a run was started with is not replaced before it is known to fit
         _write_record(folder, source, training, held, recipe)
     torch.manual_seed(recipe.seed)
     prepared = time.perf_counter()
 
     prompts = _prompts_for(held)
-    language = None
-    watched = held
 
-    def watch(watched_model: DualEncoder) -> Mapping[str, float]:
-        numbers = evaluate_model(watched_model, watched, prompts=prompts, language=language).headline()
+    def watch(watched: DualEncoder) -> Mapping[str, float]:
+        numbers = evaluate_model(watched, held, prompts=prompts).headline()
         return {name: value.value for name, value in numbers.items() if name.endswith(("@1", "top1"))}
 
     fit(objective, loader, recipe, folder, console=CONSOLE, evaluate=watch, resume=resume)
@@ -169,7 +170,7 @@ def train(
 def evaluate(
     source: Positional[str],
     *,
-    model: str = "mini",
+    model: str = "auto",
     against: str | None = None,
     tasks: tuple[Task, ...] | None = None,
     prompts: str | None = None,
@@ -185,7 +186,7 @@ def evaluate(
 
     Args:
         source: Samples with captions (retrieval), labels (zero-shot classification), or both.
-        model: Anything `diptych.load` takes.
+        model: Anything `diptych.load` takes; `auto` is lite0-minilm where its packages are installed, else mini.
         against: A second model, measured on the same samples; the paired differences (model minus against) are printed.
         tasks: What to measure; whatever the samples allow when absent.
         prompts: Prompt file for zero-shot (photo, overhead, style, name); chosen by the data set when absent.
@@ -200,6 +201,7 @@ def evaluate(
     samples = open_source(source, columns=columns)
     for sentence in samples.notes:
         _say(sentence)
+    model = _chosen(model)
 
     def measure(spec: str) -> Evaluation:
         return evaluate_model(
@@ -233,20 +235,26 @@ def evaluate(
 
 
 def embed(
-    source: Positional[str], *, model: str = "mini", out: Path, columns: Columns = Columns(), offline: bool = False
+    source: Positional[str], *, model: str = "auto", out: Path, columns: Columns = Columns(), offline: bool = False
 ) -> Index:
     """Embed the images of a source into a folder that `search` reads.
 
     Args:
         source: Images, with or without texts.
-        model: Anything `diptych.load` takes.
+        model: Anything `diptych.load` takes; `auto` is lite0-minilm where its packages are installed, else mini.
         out: Folder of the index.
         columns: What the columns of a table mean.
         offline: Never touch the network.
     """
     samples = open_source(source, columns=columns)
+    model = _chosen(model)
     index = build_index(
-        load(model, offline=offline), samples, model_spec=model, source_spec=source, columns=columns, progress=_progress
+        load(model, offline=offline),
+        samples,
+        model_spec=_absolute(model),
+        source_spec=_absolute(source),
+        columns=columns,
+        progress=_progress,
     )
     index.save(out)
     skipped = f" ({index.skipped} could not be read)" if index.skipped else ""
@@ -278,9 +286,9 @@ def search(
     found = Index.read(index)
     if image is not None and not image.is_file():
         raise ImageError(f"There is no image file {image} to search with.")
-    query = embed_query(
-        load(found.model, offline=offline), text=text, image=None if image is None else image.read_bytes()
-    )
+    model = load(found.model, offline=offline)
+    check_model(found, model)
+    query = embed_query(model, text=text, image=None if image is None else image.read_bytes())
     hits = search_index(found, query, count=count, finder=approximate_finder(found.images) if approximate else None)
     for hit in hits:
         print(f"{hit.rank:3}  {hit.score:.3f}  {hit.item.key}  {hit.item.texts[0] if hit.item.texts else ''}")
@@ -369,6 +377,19 @@ def _say(sentence: str) -> None:
     CONSOLE.print(sentence, highlight=False, markup=False)
 
 
+def _chosen(model: str) -> str:
+    """Return which model `auto` is here, and say so."""
+    chosen, reason = choose_start(model)
+    if chosen != model:
+        _say(reason)
+    return chosen
+
+
+def _absolute(spec: str) -> str:
+    """Return a path that means the same from any folder; names of models and sources stay as they are."""
+    return str(Path(spec).absolute()) if Path(spec).exists() else spec
+
+
 def _advancing(items: Any, advance: Advance) -> Iterator[Any]:
     for item in items:
         yield item
@@ -391,6 +412,16 @@ def _check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         )
     if resume and not (folder / "recipe.json").exists():
         raise CheckpointError(f"{folder} holds no run to resume.")
+
+
+def _check_data(folder: Path, training: AbstractSource) -> None:
+    """Raise if a run to be resumed was started on other samples, which would silently give other batches."""
+    began_on = json.loads((folder / "run.json").read_text(encoding="utf-8"))["training"]
+    if began_on["fingerprint"] != training.fingerprint:
+        raise ConfigError(
+            f"{folder} was started on {began_on['samples']:,} samples of {began_on['name']}; these are {len(training):,} of "
+            f"{training.name}, or their texts have changed. Resume with the same samples, or start a new run with another --out."
+        )
 
 
 def _clear(folder: Path) -> None:

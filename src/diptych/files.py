@@ -52,6 +52,12 @@ def surviving(folder: Path) -> Path:
     return _old(folder) if not folder.exists() and _old(folder).exists() else folder
 
 
+def sweep(path: Path) -> None:
+    """Remove what killed writers of `path` have left beside it; only for a path that nobody else writes to now."""
+    for left in path.parent.glob(f".????????.{path.name}"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def cache_folder() -> Path:
     """Return where data made once are kept: `DIPTYCH_CACHE`, or ~/.cache/diptych."""
     return Path(os.environ.get("DIPTYCH_CACHE") or Path.home() / ".cache" / "diptych")

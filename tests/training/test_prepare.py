@@ -145,9 +145,15 @@ def test_auto_takes_a_gpu_if_there_is_one(monkeypatch, available, expected):
 
 def test_a_named_device_is_taken():
     assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("meta") == torch.device("meta")
 
 
 def test_an_unknown_device_is_named_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"'gpu'.*auto, cpu, cuda"):
         choose_device("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"'cuda'.*cannot use here"):
+        choose_device("cuda")

@@ -32,7 +32,7 @@ def model(make_model):
 
 def random_index(count: int, dim: int = 8, seed: int = 0) -> Index:
     images = F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
-    return Index("m", "s", tuple(Item(f"k{i}", i, (f"text {i}",)) for i in range(count)), images)
+    return Index("m", "w", "s", tuple(Item(f"k{i}", i, (f"text {i}",)) for i in range(count)), images)
 
 
 def test_exact_search_is_a_sort_of_all_cosines():

@@ -103,6 +103,7 @@ class Loader:
 
     Attributes:
         position: Where the loader stands: after the last batch taken, not after what workers have fetched ahead.
+        skipped: How many samples were left out of the batches taken so far.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Loader:
             )
         self.seed = seed
         self.position = position or Position()
+        self.skipped = 0
         self.batch_size = min(config.batch_size, len(source))
         self.batches_per_epoch = len(source) // self.batch_size
         self._samples = len(source)
@@ -151,6 +153,7 @@ class Loader:
             generator=torch.Generator(),
         )
         for self.position, batch in loader:
+            self.skipped += len(batch.skipped)
             yield batch
 
 

@@ -94,7 +94,8 @@ def augment(
     image: Image.Image, policy: ImagePolicy, change: Augment, rng: np.random.Generator
 ) -> UInt8[Tensor, "3 size size"]:
     """Return a random view of an RGB image; equals `preprocess` when `change` is `Augment()`."""
-    if change.crop_scale != (1.0, 1.0):
+    cropped = change.crop_scale != (1.0, 1.0)
+    if cropped:
         box = random_box(image.size, change, rng)
         image = image.resize((policy.size, policy.size), _RESAMPLING[policy.interpolation], box=box)
     if rng.random() < change.flip_rate:
@@ -104,7 +105,7 @@ def augment(
             image = enhance(image).enhance(1 + change.jitter * rng.uniform(-1, 1))
     if rng.random() < change.gray_rate:
         image = ImageOps.grayscale(image).convert("RGB")
-    return preprocess(image, policy)
+    return to_tensor(image) if cropped else preprocess(image, policy)  # a crop is final: no second one, of its centre
 
 
 def random_box(size: tuple[int, int], change: Augment, rng: np.random.Generator) -> tuple[float, float, float, float]:

@@ -19,7 +19,7 @@ from diptych.errors import CheckpointError
 from diptych.files import atomic_folder, surviving
 from diptych.models.build import DualConfig, build
 from diptych.models.dual import DualEncoder
-from diptych.models.foreign import HFTextConfig, equals_source, load_source, text_folder
+from diptych.models.foreign import HFTextConfig, equals_source, load_source, source_tokenizer
 from diptych.models.modes import is_frozen, merged_state
 
 FORMAT = 1
@@ -108,8 +108,7 @@ def _source_tokenizer(config: DualConfig, omitted: list[str]) -> str | None:
     """Return the tokenizer that comes with an omitted text tower, in our engine's own spelling."""
     if "text" not in omitted or not isinstance(config.text, HFTextConfig):
         return None
-    text = (text_folder(config.text.path) / "tokenizer.json").read_text()
-    return Tokenizer.from_json(text, config.text_policy).to_json()
+    return source_tokenizer(config.text.path, config.text_policy).to_json()
 
 
 def _load_weights(model: DualEncoder, weights: dict[str, Tensor], omitted: list[str], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The dual encoder: two towers, two heads, one scale, and the preprocessing it was trained with."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -9,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diptych.config import fingerprint
 from diptych.data.tokenizer import Tokenizer
 from diptych.data.transforms import ImagePolicy
 from diptych.models.text import AbstractTextTower
@@ -83,6 +85,16 @@ class DualEncoder(nn.Module):
     def device(self) -> torch.device:
         """Return where the model is."""
         return self.log_scale.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of everything that embeddings depend on: weights, architecture, preprocessing, vocabulary."""
+        digest = hashlib.blake2b(f"{fingerprint(self.config)}{self.tokenizer.to_json()}".encode(), digest_size=16)
+        for name, value in self.state_dict().items():
+            digest.update(
+                f"{name}{value.dtype}".encode() + value.detach().cpu().contiguous().view(-1).numpy().tobytes()
+            )
+        return digest.hexdigest()
 
     def pixels(self, images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         """Return normalised pixels from uint8 images, or from float images in [0, 1] (for gradients with respect to the input)."""

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diptych.data.tokenizer import TextPolicy, Tokenizer
 from diptych.errors import CheckpointError, ConfigError, require
 from diptych.models.text import AbstractTextTower
 from diptych.models.vision import AbstractVisionTower
@@ -149,6 +150,11 @@ def text_folder(path: str) -> Path:
             "Correct text.path."
         )
     return Path(path)
+
+
+def source_tokenizer(path: str, policy: TextPolicy) -> Tokenizer:
+    """Return the tokenizer that comes with the model that a `HFTextConfig.path` means."""
+    return Tokenizer.from_json((text_folder(path) / "tokenizer.json").read_text(), policy)
 
 
 def load_source(tower: nn.Module) -> None:

@@ -3,7 +3,9 @@
 import json
 import re
 import string
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,22 @@ _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "quick_gelu": "quick_gelu
 _INTERPOLATIONS: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def from_huggingface(name: str, *, offline: bool = False, tokenizer: Tokenizer | None = None) -> DualEncoder:
+def from_huggingface(
+    name: str, *, offline: bool = False, tokenizer: Tokenizer | None = None, image_policy: ImagePolicy | None = None
+) -> DualEncoder:
     """Return a CLIP or SigLIP model of transformers in our modules; transformers itself is not needed.
 
     Args:
         name: A local folder, or a name on the hub; the local cache is looked at before the network.
         offline: Never touch the network.
         tokenizer: Used instead of the folder's, with the text policy it carries.
+        image_policy: Used instead of the folder's preprocessing.
 
     Raises:
-        CheckpointError: If it is neither CLIP nor SigLIP, or has no tokenizer.json and none was given.
+        CheckpointError: If it is neither CLIP nor SigLIP, or lacks a tokenizer and none was given.
+
+    Warns:
+        UserWarning: If the folder has no preprocessing and none was given; the defaults of transformers are taken.
         OfflineError: If it would have to be downloaded.
     """
     folder = _local_folder(name, offline)
@@ -48,8 +56,8 @@ def from_huggingface(name: str, *, offline: bool = False, tokenizer: Tokenizer |
             f"{name} is a {family!r} model; diptych reads the CLIP and SigLIP families of transformers."
         )
     tokenizer = tokenizer or _tokenizer(folder, settings, name)
-    config = _config(settings, _read(folder / "preprocessor_config.json"), tokenizer.policy)
-    model = build(config, tokenizer)
+    config = _config(settings, tokenizer.policy)
+    model = build(replace(config, image_policy=image_policy or _image_policy(folder, config, family)), tokenizer)
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(f"{folder} has no model.safetensors; pickled weights are never loaded.")
     import_weights(model, load_file(folder / "model.safetensors"), entries(config))
@@ -144,7 +152,7 @@ def _block(theirs: str, ours: str) -> Iterator[Entry]:
     yield from pair(f"{theirs}.mlp.fc2", f"{ours}.mlp.down")
 
 
-def _config(settings: dict[str, Any], preprocessing: dict[str, Any], text_policy: TextPolicy) -> DualConfig:
+def _config(settings: dict[str, Any], text_policy: TextPolicy) -> DualConfig:
     """Return our configuration; defaults are those of transformers, whose config.json may leave them out."""
     siglip = settings["model_type"] == "siglip"
     vision, text = settings.get("vision_config") or {}, settings.get("text_config") or {}
@@ -183,7 +191,6 @@ def _config(settings: dict[str, Any], preprocessing: dict[str, Any], text_policy
         if siglip
         else LinearHeadConfig(settings.get("projection_dim", 512)),
         scale=ScaleConfig(bias=-10.0 if siglip else None),
-        image_policy=_image_policy(preprocessing, vision_config.image_size, siglip),
         text_policy=text_policy,
     )
 
@@ -195,12 +202,26 @@ def _activation(settings: dict[str, Any], siglip: bool) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def _image_policy(record: dict[str, Any], size: int, siglip: bool) -> ImagePolicy:
+def _image_policy(folder: Path, config: DualConfig, family: str) -> ImagePolicy:
+    """Return the folder's preprocessing."""
+    if not (folder / "preprocessor_config.json").exists():
+        warnings.warn(
+            f"{folder} has no preprocessor_config.json: images are prepared as transformers does by default for {family}. "
+            "If the model was trained otherwise its embeddings are spoilt; save the right record beside it, or name an image_policy.",
+            stacklevel=4,
+        )
+    record, siglip = _read(folder / "preprocessor_config.json"), family == "siglip"
+    assert isinstance(config.vision, VisionConfig)
+    size = config.vision.image_size
     wanted = record.get("size", size)
     side = wanted if isinstance(wanted, int) else wanted.get("shortest_edge", wanted.get("height", size))
     crop = record.get("do_center_crop", not siglip)
     if side != size and not crop:
         raise CheckpointError(f"The preprocessing makes {side} pixels but the tower takes {size}.")
+    if record.get("resample", 3) not in _INTERPOLATIONS:
+        raise CheckpointError(
+            f"The preprocessing resizes with Pillow's filter {record['resample']}, which is not known here."
+        )
     default = ImagePolicy()
     half = (0.5, 0.5, 0.5)
     return ImagePolicy(

@@ -4,6 +4,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from diptych.data.tokenizer import Tokenizer
+from diptych.data.transforms import ImagePolicy
 from diptych.errors import CheckpointError, nearest
 from diptych.files import surviving
 from diptych.models.checkpoint import load_model, save_model
@@ -18,7 +20,13 @@ CHECKPOINT = "checkpoint"
 FORMS = "a run directory, a checkpoint folder, mini, lite0-minilm, open_clip:NAME/PRETRAINED-or-path, hf:NAME-or-path"
 
 
-def load(spec: str | Path, *, offline: bool = False) -> DualEncoder:
+def load(
+    spec: str | Path,
+    *,
+    offline: bool = False,
+    tokenizer: Tokenizer | None = None,
+    image_policy: ImagePolicy | None = None,
+) -> DualEncoder:
     """Return a model in eval mode on the CPU.
 
     Args:
@@ -26,6 +34,8 @@ def load(spec: str | Path, *, offline: bool = False) -> DualEncoder:
             towers from pip packages (extra `pretrained`) with our heads; `open_clip:NAME/PRETRAINED`, where PRETRAINED is a tag or a
             local file; `hf:NAME`, a local folder or a name on the hub (CLIP and SigLIP families).
         offline: Never touch the network; otherwise local folders and caches are still looked at first.
+        tokenizer: For `open_clip:` and `hf:` models that come without theirs.
+        image_policy: For `hf:` models that come without their preprocessing.
 
     Raises:
         CheckpointError: If nothing can be loaded from `spec`.
@@ -34,9 +44,11 @@ def load(spec: str | Path, *, offline: bool = False) -> DualEncoder:
     """
     text = str(spec)
     if text.startswith("open_clip:"):
-        return from_openclip(text.removeprefix("open_clip:"), offline=offline)
+        return from_openclip(text.removeprefix("open_clip:"), offline=offline, tokenizer=tokenizer)
     if text.startswith("hf:"):
-        return from_huggingface(text.removeprefix("hf:"), offline=offline)
+        return from_huggingface(
+            text.removeprefix("hf:"), offline=offline, tokenizer=tokenizer, image_policy=image_policy
+        )
     if text in SHIPPED and not Path(text).exists():
         return load_model(Path(str(files("diptych.models") / "shipped" / text)))
     path = Path(spec)

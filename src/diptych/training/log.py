@@ -25,7 +25,7 @@ class MetricsLog:
         kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
         with atomic_file(self.path) as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._writers = [_open_writer(name, folder) for name in writers]
+        self._writers = [_open_writer(name, folder, step) for name in writers]
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add one row; it is on disk when this returns."""
@@ -52,9 +52,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         require("tensorboard", "log")
-        self._writer = require("torch.utils.tensorboard", "log").SummaryWriter(str(folder / "tensorboard"))
+        writer = require("torch.utils.tensorboard", "log").SummaryWriter
+        self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -78,8 +79,8 @@ class _Run:
         self._package.finish()
 
 
-def _open_writer(name: Writer, folder: Path) -> _TensorBoard | _Run:
-    return _TensorBoard(folder) if name == "tensorboard" else _Run(name, folder)
+def _open_writer(name: Writer, folder: Path, step: int) -> _TensorBoard | _Run:
+    return _TensorBoard(folder, step) if name == "tensorboard" else _Run(name, folder)
 
 
 def _scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -105,7 +106,7 @@ class Display:
         )
         self._progress.update(self._task, completed=row["step"], line=line)
         if not self._console.is_terminal:
-            self._console.print(f"step {row['step']}/{self._progress.tasks[0].total}  epoch {row['epoch']}  {line}")
+            self._console.print(f"step {row['step']}/{self._progress.tasks[0].total}  epoch {row['epoch']:g}  {line}")
 
     def say(self, sentence: str) -> None:
         """Print a sentence above the live line."""

@@ -49,8 +49,7 @@ def fit(
         TrainingError: If a loss or a gradient is not finite; the last checkpoint stays.
     """
     model, device = objective.model, objective.model.device
-    steps_per_epoch = max(1, loader.batches_per_epoch // recipe.accumulate)
-    total = recipe.epochs * steps_per_epoch
+    total = max(1, recipe.epochs * loader.batches_per_epoch // recipe.accumulate)
     precision, reason = choose_precision(recipe.precision, device)
     optimizer = make_optimizer(objective, (model.vision, model.text), recipe.optimizer)
     decay = recipe.optimizer.ema_decay
@@ -60,7 +59,7 @@ def fit(
     log = MetricsLog(folder, step=start, writers=recipe.writers)
     batches = iter(loader)
     data_seconds = compute_seconds = 0.0
-    samples, skipped = 0, 0
+    samples = 0
     train_mode(objective)
     with display(total, console) as screen:
         screen.say(
@@ -85,13 +84,14 @@ def fit(
             data_seconds += fetched - began
             compute_seconds += time.perf_counter() - fetched
             samples += sum(map(len, taken))
-            skipped += sum(len(batch.skipped) for batch in taken)
+
+            epoch, before = (count * recipe.accumulate / loader.batches_per_epoch for count in (step, step - 1))
 
             # Log.
             if step % recipe.log_every == 0 or step == total:
                 row: dict[str, Any] = {
                     "step": step,
-                    "epoch": (step - 1) // steps_per_epoch,
+                    "epoch": round(epoch, 3),
                     "loss": sum(float(loss.total) for loss in losses) / len(losses),
                     "parts": {
                         name: sum(float(loss.parts[name]) for loss in losses) / len(losses) for name in losses[0].parts
@@ -102,7 +102,7 @@ def fit(
                     "seconds_data": data_seconds,
                     "seconds_compute": compute_seconds,
                     "samples_per_second": samples / (data_seconds + compute_seconds),
-                    "skipped": skipped,
+                    "skipped": loader.skipped,
                 }
                 log.write(row)
                 screen.show(row)
@@ -110,13 +110,12 @@ def fit(
                 samples = 0
 
             # Evaluate when due.
-            epoch, end_of_epoch = divmod(step, steps_per_epoch)
-            due = recipe.evaluate_every and end_of_epoch == 0 and epoch % recipe.evaluate_every == 0
+            due = recipe.evaluate_every and epoch // recipe.evaluate_every > before // recipe.evaluate_every
             if evaluate is not None and (due or step == total):
                 with state.final_weights():
                     numbers = dict(evaluate(model))
-                log.write({"step": step, "epoch": epoch, "evaluation": numbers})
-                screen.say(f"epoch {epoch}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+                log.write({"step": step, "epoch": round(epoch, 3), "evaluation": numbers})
+                screen.say(f"epoch {epoch:g}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
 
             # Save when due.
             if step % recipe.save_every == 0 or step == total:

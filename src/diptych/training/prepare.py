@@ -12,6 +12,7 @@ from diptych.data.tokenizer import Tokenizer
 from diptych.errors import ConfigError, DataError
 from diptych.models.build import build
 from diptych.models.dual import DualEncoder
+from diptych.models.foreign import load_source, source_tokenizer
 from diptych.models.modes import set_mode
 from diptych.models.text import TextConfig
 from diptych.models.weights import load
@@ -52,18 +53,22 @@ def choose_start(start: str) -> tuple[str, str]:
 def make_model(config: ModelConfig, source: AbstractSource, *, seed: int, offline: bool = False) -> DualEncoder:
     """Return the model to train, its towers in the modes of the recipe.
 
-    A new model's tokenizer learns from the texts of `source`, so those must be training texts only.
+    A new model's tokenizer learns from the texts of `source`, so those must be training texts only. Towers whose configuration names
+    weights, in a package or a file, start from those.
     """
     torch.manual_seed(seed)
     if config.start == "new":
         architecture = config.architecture
-        tokenizer = Tokenizer.train(
-            all_texts(source), vocabulary=config.vocabulary, length=architecture.text_policy.length
-        )
+        length = architecture.text_policy.length
         if isinstance(architecture.text, TextConfig):
-            text = replace(architecture.text, vocabulary=tokenizer.size, length=architecture.text_policy.length)
+            tokenizer = Tokenizer.train(all_texts(source), vocabulary=config.vocabulary, length=length)
+            text = replace(architecture.text, vocabulary=tokenizer.size, length=length)
             architecture = replace(architecture, text=text)
+        else:
+            tokenizer = source_tokenizer(architecture.text.path, architecture.text_policy)
         model = build(architecture, tokenizer)
+        load_source(model.vision)
+        load_source(model.text)
     else:
         model = load(config.start, offline=offline)
     set_mode(model.vision, config.vision_mode)
@@ -82,8 +87,10 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device is {name!r}, which torch does not know. Known: auto, cpu, cuda, cuda:0, mps."
+            f"device is {name!r}, which torch cannot use here. Known: auto, cpu, cuda, cuda:0, mps."
         ) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diptych.data.loader import Loader, Position
 from diptych.errors import CheckpointError, TrainingError
-from diptych.files import atomic_folder, surviving
+from diptych.files import atomic_folder, surviving, sweep
 from diptych.models.checkpoint import write_model
 from diptych.models.weights import CHECKPOINT
 from diptych.training.optim import WeightAverage
@@ -61,14 +61,14 @@ class RunState:
             self.average.swap(self.objective)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return copies of trained weights, buffers, moments, averages and generator states, by name.
+        """Return copies of whatever may change in a run, by name: weights, buffers, moments, averages, generator states.
 
-        Moments that do not exist yet, before the first step, are zeros.
+        Moments that do not exist yet, before the first step, are zeros. Frozen parameters of the model are left out: they are in its
+        own file. Those outside of the model are kept, since an objective may move them itself, as it does a teacher's.
         """
         trained = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
-        parameters = {name for name, _ in self.objective.named_parameters()}
-        found = {f"weight.{name}": p.detach() for name, p in trained.items()}
-        found |= {f"buffer.{name}": b for name, b in self.objective.state_dict().items() if name not in parameters}
+        still = {name for name, _ in self.objective.model.named_parameters(prefix="model")} - set(trained)
+        found = {f"weight.{name}": value for name, value in self.objective.state_dict().items() if name not in still}
         for name, parameter in trained.items():
             moments = self.optimizer.state[parameter] or _zero_moments(parameter)
             found |= {f"{moment}.{name}": value for moment, value in moments.items()}
@@ -85,7 +85,7 @@ class RunState:
         own = self.objective.state_dict()
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")
-            if kind in ("weight", "buffer"):
+            if kind == "weight":
                 own[rest].copy_(value)
             elif kind == "average" and self.average is not None:
                 self.average.average[rest].copy_(value)
@@ -123,7 +123,8 @@ def save(state: RunState, folder: Path, step: int) -> None:
             with state.final_weights():
                 write_model(state.objective.model, target)
             save_file(state.tensors(), target / "training.safetensors")
-            (target / "training.json").write_text(json.dumps({"step": step, "position": asdict(state.loader.position)}))
+            record = {"step": step, "position": asdict(state.loader.position), "skipped": state.loader.skipped}
+            (target / "training.json").write_text(json.dumps(record))
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"The checkpoint of step {step} could not be written to {folder}: {error}. "
@@ -138,6 +139,7 @@ def restore(state: RunState, folder: Path) -> int:
         CheckpointError: If the checkpoint belongs to other parameters, or is damaged.
     """
     source = surviving(folder / CHECKPOINT)
+    sweep(folder / CHECKPOINT)
     if not (source / "training.json").exists():
         return 0
     try:
@@ -155,5 +157,5 @@ def restore(state: RunState, folder: Path) -> int:
             "Resume with the recipe.json of that run, or start a new run in another folder."
         )
     state.load(saved)
-    state.loader.position = Position(**record["position"])
+    state.loader.position, state.loader.skipped = Position(**record["position"]), record["skipped"]
     return int(record["step"])

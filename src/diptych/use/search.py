@@ -45,6 +45,7 @@ class Index:
 
     Attributes:
         model: What they were made with; a spec for `diptych.load`.
+        weights: Fingerprint of that model, so that another one under its name is noticed.
         source: What they were made of; a spec for `open_source`.
         items: One per row.
         images: L2-normalised embeddings.
@@ -53,6 +54,7 @@ class Index:
     """
 
     model: str
+    weights: str
     source: str
     items: tuple[Item, ...]
     images: Float[Tensor, "n d"]
@@ -65,6 +67,7 @@ class Index:
             save_file({"images": self.images}, target / "embeddings.safetensors")
             record = {
                 "model": self.model,
+                "weights": self.weights,
                 "source": self.source,
                 "skipped": self.skipped,
                 "columns": to_json(self.columns),
@@ -91,6 +94,7 @@ class Index:
         items = tuple(Item(item["key"], item["row"], tuple(item["texts"])) for item in map(json.loads, lines))
         return cls(
             record["model"],
+            record["weights"],
             record["source"],
             items,
             load_file(folder / "embeddings.safetensors")["images"],
@@ -131,7 +135,19 @@ def build_index(
     items = tuple(
         Item(key, row, tuple(found)) for key, row, found in zip(embedded.keys, embedded.rows, texts, strict=True)
     )
-    return Index(model_spec, source_spec, items, embedded.images, len(embedded.skipped), columns)
+    return Index(model_spec, model.fingerprint, source_spec, items, embedded.images, len(embedded.skipped), columns)
+
+
+def check_model(index: Index, model: DualEncoder) -> None:
+    """Raise if an index was not made with this very model.
+
+    Raises:
+        CheckpointError: If weights, preprocessing or vocabulary differ.
+    """
+    if model.fingerprint != index.weights:
+        raise CheckpointError(
+            f"The index was made with other weights than {index.model} has now. Embed its images again with `diptych embed`."
+        )
 
 
 def embed_query(model: DualEncoder, *, text: str | None = None, image: bytes | None = None) -> Float[Tensor, " d"]:
