@@ -32,7 +32,7 @@ td.number { font-variant-numeric: tabular-nums; white-space: nowrap; } td.bar { 
 ol { margin: 0; padding-left: 1.4rem; } li { overflow-wrap: anywhere; } li .score { color: var(--soft); font-size: .85rem; }
 li.right { color: var(--good); font-weight: 600; } .tag { font-size: .78rem; font-weight: 700; letter-spacing: .03em; }
 .tag.hit { color: var(--good); } .tag.miss { color: var(--bad); }
-.strip { display: flex; gap: .5rem; } .strip figure { margin: 0; width: 18%; }
+.strip { display: grid; grid-template-columns: repeat(5, 1fr); gap: .5rem; } .strip figure { margin: 0; min-width: 0; }
 .strip img { width: 100%; aspect-ratio: 1; border: 2px solid transparent; }
 .strip .right img { border-color: var(--good); } figcaption { font-size: .74rem; color: var(--soft); overflow-wrap: anywhere; line-height: 1.25; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
