@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import nn
+
+from diptych.models.teacher import Teacher
+
+
+def student() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+def test_it_follows_the_average():
+    one = student()
+    teacher = Teacher(one)
+    before = [p.clone() for p in teacher.module.parameters()]
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(1)
+    teacher.follow(one, 0.75)
+    for old, now in zip(before, teacher.module.parameters(), strict=True):
+        torch.testing.assert_close(now, old + 0.25)
+
+
+@pytest.mark.parametrize(("momentum", "same_as"), [(1.0, "before"), (0.0, "student")])
+def test_limits(momentum, same_as):
+    one = student()
+    teacher = Teacher(one)
+    before = [p.clone() for p in teacher.module.parameters()]
+    with torch.no_grad():
+        one[0].weight.mul_(3)
+    teacher.follow(one, momentum)
+    expected = before if same_as == "before" else list(one.parameters())
+    for wanted, now in zip(expected, teacher.module.parameters(), strict=True):
+        torch.testing.assert_close(now, wanted)
+
+
+def test_it_is_never_trained_and_shares_no_storage():
+    one = student()
+    teacher = Teacher(one)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    with torch.no_grad():
+        one[0].weight.zero_()
+    assert teacher.module[0].weight.abs().sum() > 0
+
+
+def test_buffers_are_copied_on_request():
+    one = student()
+    kept, copied = Teacher(one), Teacher(one)
+    one.train()(torch.randn(8, 3))
+    kept.follow(one, 0.9, buffers=False)
+    copied.follow(one, 0.9)
+    assert torch.equal(copied.module[1].running_mean, one[1].running_mean)
+    assert torch.equal(kept.module[1].running_mean, torch.zeros(2))
