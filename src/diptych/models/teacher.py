@@ -37,5 +37,5 @@ class Teacher(nn.Module, Generic[M]):
         for own, other in zip(self.module.parameters(), student.parameters(), strict=True):
             own.lerp_(other.detach(), 1 - momentum)
         if buffers:
-            for own, other in zip(self.module.buffers(), student.buffers(), strict=True):
-                own.copy_(other)
+            for kept, now in zip(self.module.buffers(), student.buffers(), strict=True):
+                kept.copy_(now)
