@@ -3,7 +3,7 @@
 Letters in shapes: b local batch, n global batch, d embedding, w tower width, p patches, t tokens, v views, k texts per image, r regions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
 Role = Literal["caption", "translation", "rewrite", "synthetic", "hard_negative", "label"]
 """What a text is to its image. `hard_negative` is the only role that does not describe the image."""
@@ -78,43 +79,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """One tokenised text per sample.
-
-    Attributes:
-        ids: Token ids, padded.
-        mask: True at real tokens.
-        key: Hash of the string; equal keys are equal strings, hence positives.
-    """
-
-    ids: Int64[Tensor, "b t"]
-    mask: Bool[Tensor, "b t"]
-    key: Int64[Tensor, " b"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the loader hands to an objective.
-
-    Attributes:
-        keys: Sample keys.
-        images: One tensor per view; view 0 is the main one. Views may differ in size. Still uint8: the model's first op makes them float.
-        texts: One record per text column; column 0 is the main one.
-        group: Hash of the sample's group; equal values are positives.
-        skipped: Why samples that belonged here were left out, one sentence each.
-    """
-
-    keys: tuple[str, ...]
-    images: tuple[UInt8[Tensor, "b 3 _h _w"], ...]
-    texts: tuple[Tokens, ...]
-    group: Int64[Tensor, " b"]
-    skipped: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-@dataclass(frozen=True)
 class TowerOutput:
     """What every tower returns from its one call.
 
@@ -133,6 +97,46 @@ class TowerOutput:
     grid: tuple[int, int] | None = None
     layers: tuple[Float[Tensor, "b s w"], ...] = ()
     attention: tuple[Float[Tensor, "b heads s s"], ...] = ()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenised text per sample.
+
+    Attributes:
+        ids: Token ids, padded.
+        mask: True at real tokens.
+        key: Hash of the string; equal keys are equal strings, hence positives.
+        output: What the text tower makes of them, where it is frozen and was asked before; `DualEncoder.text_output` takes it from here.
+    """
+
+    ids: Int64[Tensor, "b t"]
+    mask: Bool[Tensor, "b t"]
+    key: Int64[Tensor, " b"]
+    output: TowerOutput | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loader hands to an objective.
+
+    Attributes:
+        keys: Sample keys.
+        images: One tensor per view; view 0 is the main one. Views may differ in size. Still uint8: the model's first op makes them float.
+            Where a frozen image tower was asked before, what it makes of the view; `DualEncoder.image_output` takes either.
+        texts: One record per text column; column 0 is the main one.
+        group: Hash of the sample's group; equal values are positives.
+        skipped: Why samples that belonged here were left out, one sentence each.
+    """
+
+    keys: tuple[str, ...]
+    images: tuple[UInt8[Tensor, "b 3 _h _w"] | TowerOutput, ...]
+    texts: tuple[Tokens, ...]
+    group: Int64[Tensor, " b"]
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
 @dataclass(frozen=True)
@@ -218,11 +222,22 @@ def map_tensors(function: Callable[[Tensor], Any], record: Record) -> Record:
     return record
 
 
+def tensors_of(record: object) -> list[Tensor]:
+    """Return every tensor of a record, at any depth, always in the same order."""
+    found: list[Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, record)  # type: ignore[func-returns-value]
+    return found
+
+
 def concatenate(records: list[Record]) -> Record:
-    """Return one record whose tensors are those of `records` joined along dimension 0; inverse of cutting a batch into chunks."""
+    """Return one record whose tensors are those of `records` joined along dimension 0; inverse of cutting a batch into chunks.
+
+    Tensors that differ along other dimensions, as tokens padded to the longest of each chunk do, are first filled up with zeros
+    (masks with False).
+    """
     first = records[0]
     if isinstance(first, Tensor):
-        return torch.cat(records)  # type: ignore[arg-type, return-value]
+        return join_rows(records)  # type: ignore[arg-type, return-value]
     if isinstance(first, tuple):
         return tuple(concatenate(list(items)) for items in zip(*records, strict=True))  # type: ignore[return-value]
     if isinstance(first, Mapping):
@@ -230,11 +245,25 @@ def concatenate(records: list[Record]) -> Record:
     if is_dataclass(first) and not isinstance(first, type):
         names = {f.name for f in fields(first)}
         joined: dict[str, Any] = {}
-        if isinstance(first, Batch):  # its keys are per sample and no tensor
-            joined["keys"] = tuple(key for record in records for key in record.keys)  # type: ignore[attr-defined]
+        if isinstance(first, Batch):  # these are no tensors; `rows` gives every chunk all that was skipped
+            batches: list[Batch] = records  # type: ignore[assignment]
+            joined["keys"] = tuple(key for batch in batches for key in batch.keys)
+            joined["skipped"] = tuple(dict.fromkeys(why for batch in batches for why in batch.skipped))
         joined |= {name: concatenate([getattr(r, name) for r in records]) for name in names - set(joined)}
         return replace(first, **joined)
     return first
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors joined along dimension 0, filled up with zeros along the others to the largest of each."""
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    return torch.cat([fill_up(part, largest) for part in parts])
+
+
+def fill_up(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return a tensor filled up with zeros behind its rows' ends until dimensions 1, 2, ... have these sizes."""
+    missing = [wanted - size for wanted, size in zip(sizes, tensor.shape[1:], strict=True)]
+    return F.pad(tensor, [pad for size in reversed(missing) for pad in (0, size)]) if any(missing) else tensor
 
 
 def rows(batch: Batch, start: int, stop: int) -> Batch:

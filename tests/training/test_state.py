@@ -39,7 +39,7 @@ def make_state(make_model, drawings):
 def advance(state: RunState, steps: int) -> None:
     for step, batch in zip(range(1, steps + 1), state.loader, strict=False):
         state.optimizer.zero_grad()
-        accumulate_gradients(state.objective, [batch], nullcontext())
+        accumulate_gradients(state.objective, [batch], 1, nullcontext())
         state.optimizer.step()
         if state.average is not None:
             state.average.update(state.objective, step)
@@ -180,9 +180,9 @@ def test_a_checkpoint_of_a_machine_with_a_gpu_can_be_resumed_without(make_state,
     save(make_state(steps=1), tmp_path, 1)
     path = tmp_path / "checkpoint" / "training.safetensors"
     tensors = load_file(path)
-    tensors.setdefault("generator.cuda", torch.zeros(16, dtype=torch.uint8))
+    tensors.setdefault("generator.cuda.0", torch.zeros(16, dtype=torch.uint8))
     if torch.cuda.is_available():
-        del tensors["generator.cuda"]
+        del tensors["generator.cuda.0"]
     save_file(tensors, path)
     assert restore(make_state(1), tmp_path) == 1
 

@@ -33,7 +33,7 @@ def by_autograd(objective: Objective, batch: Batch) -> list[torch.Tensor]:
 
 
 def test_one_batch_is_plain_autograd(objective, batches):
-    (losses,) = accumulate_gradients(objective, batches[:1], nullcontext())
+    (losses,) = accumulate_gradients(objective, batches[:1], 1, nullcontext())
     assert losses.total.item() == objective(batches[0]).total.item()
     assert not losses.total.requires_grad and not losses.parts["contrastive"].requires_grad
     for found, expected in zip(gradients(objective), by_autograd(objective, batches[0]), strict=True):
@@ -41,7 +41,7 @@ def test_one_batch_is_plain_autograd(objective, batches):
 
 
 def test_several_batches_give_the_mean_of_their_gradients(objective, batches):
-    losses = accumulate_gradients(objective, batches, nullcontext())
+    losses = accumulate_gradients(objective, batches, 3, nullcontext())
     assert [loss.total.item() for loss in losses] == [objective(batch).total.item() for batch in batches]
     each = [by_autograd(objective, batch) for batch in batches]
     for found, parts in zip(gradients(objective), zip(*each, strict=True), strict=True):
@@ -49,9 +49,9 @@ def test_several_batches_give_the_mean_of_their_gradients(objective, batches):
 
 
 def test_gradients_are_added_to_what_is_there(objective, batches):
-    accumulate_gradients(objective, batches[:1], nullcontext())
+    accumulate_gradients(objective, batches[:1], 1, nullcontext())
     once = gradients(objective)
-    accumulate_gradients(objective, batches[:1], nullcontext())
+    accumulate_gradients(objective, batches[:1], 1, nullcontext())
     for found, expected in zip(gradients(objective), once, strict=True):
         torch.testing.assert_close(found, 2 * expected)
 
@@ -73,7 +73,7 @@ def test_autocast_covers_the_towers_and_not_the_loss(objective, batches):
             assert batch.images == () and batch.keys  # pixels are not needed any more
             return objective.loss(encoded, batch)
 
-    accumulate_gradients(Watching(), batches[:2], torch.autocast("cpu", torch.bfloat16))
+    accumulate_gradients(Watching(), batches[:2], 2, torch.autocast("cpu", torch.bfloat16))
     assert seen == [True, False, True, False]
 
 
@@ -95,7 +95,7 @@ class Constant(AbstractObjective[PairEmbeddings]):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_loss_that_is_not_finite_stops_and_names_parts_and_sample(objective, batches, value):
     with pytest.raises(TrainingError) as caught:
-        accumulate_gradients(Constant(objective, value), batches, nullcontext())
+        accumulate_gradients(Constant(objective, value), batches, 3, nullcontext())
     message = str(caught.value)
     assert f"the loss is {value} (first = {value:g}, second = 2.5; first sample {batches[0].keys[0]!r})" in message
     assert "optimizer.lr" in message

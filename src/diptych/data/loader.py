@@ -5,7 +5,8 @@ process reads it or on what was read before; resuming is starting at another cur
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -15,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from diptych.data.images import decode
 from diptych.data.sources import AbstractSource
+from diptych.data.text_changes import TextChange, change_text
+from diptych.data.texts import choose_text
 from diptych.data.tokenizer import Tokenizer, hash_strings
 from diptych.data.transforms import Augment, ImagePolicy, augment
 from diptych.errors import ConfigError, DataError, ImageError, TextError
-from diptych.types import Batch, Role, Sample
+from diptych.types import Batch, Role, Sample, Text
 
 
 @dataclass(frozen=True)
@@ -28,27 +31,49 @@ class TextColumn:
     Attributes:
         roles: Roles to draw from: first a role, by weight among those the sample has, then one of its texts, uniformly.
         weights: One weight per role, > 0; None for equal weights.
+        by: `language` draws a language first instead of a role, uniformly among those that the texts in these roles have; `text` makes
+            every text in these roles equally likely. Neither takes weights.
+        min_words: A text with fewer words gives way to the first text of the first role that the sample has.
+        change: Random changes of the text that was drawn.
     """
 
     roles: tuple[Role, ...] = ("caption", "rewrite", "synthetic", "label")
     weights: tuple[float, ...] | None = None
+    by: Literal["role", "language", "text"] = "role"
+    min_words: int = 1
+    change: TextChange = TextChange()
+
+    def __post_init__(self) -> None:
+        if self.by != "role" and self.weights is not None:
+            raise ConfigError(
+                f"Weights are for roles; a text column drawn by {self.by} takes none. Set weights to None."
+            )
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> str:
         """Return one text.
 
         Raises:
             TextError: If the sample has no text in any of the roles.
+            ConfigError: If the text's language has no list of words that `change` needs.
         """
-        by_role = {role: [text.text for text in sample.texts if text.role == role] for role in self.roles}
-        weights = np.array(self.weights or [1.0] * len(self.roles)) * [bool(texts) for texts in by_role.values()]
+        usable = [text for text in sample.texts if text.role in self.roles]
+        kinds = self.roles if self.by == "role" else list(dict.fromkeys(map(self._kind, usable)))
+        found = [[text for text in usable if self._kind(text) == kind] for kind in kinds]
+        weights = np.array(self.weights or [1.0] * len(kinds)) * [bool(texts) for texts in found]
         if not weights.any():
             present = sorted({text.role for text in sample.texts})
             raise TextError(
                 f"Sample {sample.key!r} has no text with a role in {', '.join(self.roles)}; its roles: "
                 f"{', '.join(present) or 'none'}. Drop the row, or name other roles in data.texts."
             )
-        texts = by_role[self.roles[rng.choice(len(self.roles), p=weights / weights.sum())]]
-        return texts[rng.integers(len(texts))]
+        texts = found[rng.choice(len(kinds), p=weights / weights.sum())]
+        original = min(usable, key=lambda text: self.roles.index(text.role))
+        drawn = choose_text([original, texts[rng.integers(len(texts))]], 1, min_words=self.min_words)
+        return change_text(drawn.text, self.change, rng, language=drawn.language)
+
+    def _kind(self, text: Text) -> str | None:
+        """Return what is drawn first: one of these; then comes one of its texts."""
+        return {"role": text.role, "language": text.language, "text": None}[self.by]
 
 
 @dataclass(frozen=True)
@@ -91,11 +116,13 @@ class Request:
         epoch: Seeds the random choices.
         indices: Which samples, in order.
         after: Where the loader stands once the batch is taken.
+        again: Whether the batch was given before and is only repeated.
     """
 
     epoch: int
     indices: tuple[int, ...]
     after: Position
+    again: bool = False
 
 
 class Loader:
@@ -103,7 +130,9 @@ class Loader:
 
     Attributes:
         position: Where the loader stands: after the last batch taken, not after what workers have fetched ahead.
-        skipped: How many samples were left out of the batches taken so far.
+        given: How many samples the batches taken so far held; repeated batches are counted once.
+        skipped: How many were left out of them.
+        repeat: How many batches are given a second time before going on; None for none.
     """
 
     def __init__(
@@ -115,49 +144,82 @@ class Loader:
         *,
         seed: int = 0,
         position: Position | None = None,
+        repeat: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
-        if len(source) == 0:
-            raise DataError(f"{source.name} has no samples; training needs at least one.")
+        """Make a loader.
+
+        Args:
+            source: Samples.
+            image_policy: The model's.
+            tokenizer: The model's.
+            config: How samples become batches.
+            seed: Of the order and of every random choice.
+            position: Where to start.
+            repeat: Give every so many batches a second time before going on, for cached steps; None for once only.
+            part: Which of how many equal parts of each batch this loader makes: (1, 4) for the second of four processes.
+
+        Raises:
+            DataError: If there are fewer samples than parts.
+            ConfigError: If batch size or workers are out of range.
+        """
+        if len(source) < part[1]:
+            held = f"{len(source):,}" if len(source) else "no"
+            raise DataError(f"{source.name} has {held} samples; training needs at least {part[1]}, one per process.")
         if config.batch_size < 1 or config.workers < 0:
             raise ConfigError(
                 f"batch_size must be >= 1 and workers >= 0, not {config.batch_size} and {config.workers}."
             )
         self.seed = seed
         self.position = position or Position()
-        self.skipped = 0
-        self.batch_size = min(config.batch_size, len(source))
-        self.batches_per_epoch = len(source) // self.batch_size
+        self.given = self.skipped = 0
+        self.batch_size = min(config.batch_size, len(source) // part[1])
+        self.batches_per_epoch = len(source) // (self.batch_size * part[1])
+        self.repeat, self._part = repeat, part
         self._samples = len(source)
         self._workers = config.workers
         self._maker = BatchMaker(source, image_policy, tokenizer, config, seed)
 
     def requests(self) -> Iterator[Request]:
         """Yield what to make, without end, from `position` on."""
+        once = self._requests()
+        if self.repeat is None:
+            yield from once
+        while group := list(islice(once, self.repeat)):
+            yield from group
+            yield from (replace(request, again=True) for request in group)
+
+    def _requests(self) -> Iterator[Request]:
         epoch, cursor = self.position.epoch, self.position.cursor
+        (part, parts), size = self._part, self.batch_size
         while True:
             order = np.random.default_rng([self.seed, epoch]).permutation(self._samples).tolist()
             for batch in range(cursor, self.batches_per_epoch):
                 last = batch + 1 == self.batches_per_epoch
                 after = Position(epoch + 1, 0) if last else Position(epoch, batch + 1)
-                yield Request(epoch, tuple(order[batch * self.batch_size : (batch + 1) * self.batch_size]), after)
+                start = (batch * parts + part) * size
+                yield Request(epoch, tuple(order[start : start + size]), after)
             epoch, cursor = epoch + 1, 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end; `position` follows each one, so saving it after a step resumes exactly there."""
         # A DataLoader draws a seed when it starts. From the global generator, that would shift the model's dropout after a resume.
-        loader: DataLoader[tuple[Position, Batch]] = DataLoader(
+        loader: DataLoader[tuple[Request, Batch]] = DataLoader(
             self._maker,
             batch_size=None,
             sampler=self.requests(),
             num_workers=self._workers,
             generator=torch.Generator(),
         )
-        for self.position, batch in loader:
-            self.skipped += len(batch.skipped)
+        for request, batch in loader:
+            self.position = request.after
+            if not request.again:
+                self.given += len(batch)
+                self.skipped += len(batch.skipped)
             yield batch
 
 
-class BatchMaker(Dataset[tuple[Position, Batch]]):
+class BatchMaker(Dataset[tuple[Request, Batch]]):
     """Makes one batch from one request; all of its state is read-only, so it can live in any process."""
 
     def __init__(
@@ -171,7 +233,7 @@ class BatchMaker(Dataset[tuple[Position, Batch]]):
             seed,
         )
 
-    def __getitem__(self, request: Request) -> tuple[Position, Batch]:
+    def __getitem__(self, request: Request) -> tuple[Request, Batch]:
         samples, views, texts, skipped = [], [], [], []
         for index in request.indices:
             rng = np.random.default_rng([self.seed, request.epoch, index])
@@ -194,7 +256,7 @@ class BatchMaker(Dataset[tuple[Position, Batch]]):
             group=hash_strings(sample.group for sample in samples),
             skipped=tuple(skipped),
         )
-        return request.after, batch
+        return request, batch
 
     def _views(self, sample: Sample, rng: np.random.Generator) -> list[Tensor]:
         if sample.image is None:

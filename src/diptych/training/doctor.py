@@ -211,6 +211,6 @@ def overfit(objective: AbstractObjective[Encoded], batch: Batch) -> tuple[float,
     losses = []
     for _ in range(OVERFIT_STEPS):
         optimizer.zero_grad()
-        losses.append(accumulate_gradients(objective, [batch], nullcontext())[0].total.item())
+        losses.append(accumulate_gradients(objective, [batch], 1, nullcontext())[0].total.item())
         optimizer.step()
     return losses[0], losses[-1]

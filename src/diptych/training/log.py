@@ -1,6 +1,7 @@
 """Where numbers go while a run is on: metrics.jsonl always, other writers on request, and one live line for the human."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,19 +10,60 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from diptych.data.loader import Loader
 from diptych.errors import require
 from diptych.files import atomic_file
+from diptych.training import distributed
 from diptych.training.recipe import Writer
+from diptych.types import Batch
+
+
+class Stopwatch:
+    """How long steps take, and how much of it they wait for data. What lies between steps is not counted."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader, self._given = loader, loader.given
+        self._data = self._total = self._began = 0.0
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batches of the loader; the time each takes to come is that of data."""
+        batches = iter(self._loader)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches)
+            self._data += time.perf_counter() - began
+            yield batch
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """End a step."""
+        self._total += time.perf_counter() - self._began
+
+    def lap(self) -> dict[str, float]:
+        """Return the numbers for the log since the last call."""
+        found = {
+            "seconds_data": self._data,
+            "seconds_compute": self._total - self._data,
+            "samples_per_second": (self._loader.given - self._given) * distributed.part()[1] / self._total,
+        }
+        self._data, self._total, self._given = 0.0, 0.0, self._loader.given
+        return found
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl, and hands them to the optional writers.
+    """Appends rows to metrics.jsonl, and hands them to the optional writers. Only the first of several processes writes.
 
     Rows later than `step` are cut off first: after a resume they would be written twice.
     """
 
     def __init__(self, folder: Path, *, step: int = 0, writers: Sequence[Writer] = ()) -> None:
         self.path = folder / "metrics.jsonl"
+        self._writers: list[_TensorBoard | _Run] = []
+        if not distributed.is_first():
+            return
         kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
         with atomic_file(self.path) as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -29,6 +71,8 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add one row; it is on disk when this returns."""
+        if not distributed.is_first():
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for writer in self._writers:
@@ -124,5 +168,7 @@ def display(total: int, console: Console) -> Iterator[Display]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    if not distributed.is_first():
+        console = Console(quiet=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Display(console, progress, progress.add_task("training", total=total, line=""))

@@ -1,8 +1,6 @@
 """The training loop, on one screen: take a step, log, evaluate when due, save when due. No callbacks."""
 
-import time
 from collections.abc import Callable, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,13 @@ from diptych.data.loader import Loader
 from diptych.errors import TrainingError
 from diptych.models.dual import DualEncoder
 from diptych.models.modes import train_mode
-from diptych.training.log import MetricsLog, display
+from diptych.training import distributed
+from diptych.training.log import MetricsLog, Stopwatch, display
 from diptych.training.optim import WeightAverage, make_optimizer, schedule, set_learning_rate
 from diptych.training.precision import autocast, choose_precision
-from diptych.training.recipe import Recipe
+from diptych.training.recipe import Recipe, repeats
 from diptych.training.state import RunState, restore, save
-from diptych.training.step import accumulate_gradients, clip_gradients, to_device
+from diptych.training.step import STEPS, clip_gradients, to_device
 from diptych.types import Encoded
 from diptych.verbs import AbstractObjective
 
@@ -38,7 +37,7 @@ def fit(
 
     Args:
         objective: What to train for, already on its device.
-        loader: Training batches.
+        loader: Training batches, from `make_loader`.
         recipe: Settings.
         folder: Run directory, which exists.
         console: Where progress is shown.
@@ -48,6 +47,7 @@ def fit(
     Raises:
         TrainingError: If a loss or a gradient is not finite; the last checkpoint stays.
     """
+    assert loader.repeat == repeats(recipe)
     model, device = objective.model, objective.model.device
     total = max(1, recipe.epochs * loader.batches_per_epoch // recipe.accumulate)
     precision, reason = choose_precision(recipe.precision, device)
@@ -57,23 +57,21 @@ def fit(
     state = RunState(objective, optimizer, average, loader)
     start = restore(state, folder) if resume else 0
     log = MetricsLog(folder, step=start, writers=recipe.writers)
-    batches = iter(loader)
-    data_seconds = compute_seconds = 0.0
-    samples = 0
+    distributed.same_weights(objective)
+    take_step, watch = STEPS[recipe.step], Stopwatch(loader)
+    batches = (to_device(batch, device) for batch in watch.batches())
     train_mode(objective)
     with display(total, console) as screen:
-        screen.say(
-            f"Training {total} steps of {loader.batch_size * recipe.accumulate} on {device}. Precision: {reason}"
-        )
+        size = loader.batch_size * recipe.accumulate * distributed.part()[1]
+        screen.say(f"Training {total} steps of {size} on {device}. Precision: {reason}")
         for step in range(start + 1, total + 1):
             # Take a step.
-            began = time.perf_counter()
-            taken = [to_device(batch, device) for batch in islice(batches, recipe.accumulate)]
-            fetched = time.perf_counter()
+            watch.start()
             lr = set_learning_rate(optimizer, schedule(step - 1, total, recipe.optimizer.warmup_rate))
             optimizer.zero_grad()
             try:
-                losses = accumulate_gradients(objective, taken, autocast(precision, device))
+                losses = take_step(objective, batches, recipe.accumulate, autocast(precision, device))
+                distributed.average_gradients(objective)
                 norm = clip_gradients(objective, recipe.optimizer.clip_norm)
             except TrainingError as error:
                 raise TrainingError(f"Stopped at step {step}: {error}") from error
@@ -81,10 +79,7 @@ def fit(
             objective.after_step(step)
             if average is not None:
                 average.update(objective, step)
-            data_seconds += fetched - began
-            compute_seconds += time.perf_counter() - fetched
-            samples += sum(map(len, taken))
-
+            watch.stop()
             epoch, before = (count * recipe.accumulate / loader.batches_per_epoch for count in (step, step - 1))
 
             # Log.
@@ -99,19 +94,15 @@ def fit(
                     "lr": lr,
                     "scale": model.scale.item(),
                     "grad_norm": norm,
-                    "seconds_data": data_seconds,
-                    "seconds_compute": compute_seconds,
-                    "samples_per_second": samples / (data_seconds + compute_seconds),
+                    **watch.lap(),
                     "skipped": loader.skipped,
                 }
                 log.write(row)
                 screen.show(row)
-                data_seconds = compute_seconds = 0.0
-                samples = 0
 
             # Evaluate when due.
             due = recipe.evaluate_every and epoch // recipe.evaluate_every > before // recipe.evaluate_every
-            if evaluate is not None and (due or step == total):
+            if evaluate is not None and (due or step == total) and distributed.is_first():
                 with state.final_weights():
                     numbers = dict(evaluate(model))
                 log.write({"step": step, "epoch": round(epoch, 3), "evaluation": numbers})
@@ -120,6 +111,7 @@ def fit(
             # Save when due.
             if step % recipe.save_every == 0 or step == total:
                 save(state, folder, step)
+    distributed.wait()
     log.close()
     state.adopt_final_weights()
     objective.eval()

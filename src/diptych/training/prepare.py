@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
 
+from diptych.data.loader import Loader
 from diptych.data.sources import AbstractSource, Subset
 from diptych.data.tokenizer import Tokenizer
 from diptych.errors import ConfigError, DataError
@@ -16,7 +18,8 @@ from diptych.models.foreign import load_source, source_tokenizer
 from diptych.models.modes import set_mode
 from diptych.models.text import TextConfig
 from diptych.models.weights import load
-from diptych.training.recipe import ModelConfig
+from diptych.training import distributed
+from diptych.training.recipe import ModelConfig, Recipe, repeats
 
 
 def hold_out(source: AbstractSource, share: float, seed: int) -> tuple[AbstractSource, AbstractSource]:
@@ -74,6 +77,19 @@ def make_model(config: ModelConfig, source: AbstractSource, *, seed: int, offlin
     set_mode(model.vision, config.vision_mode)
     set_mode(model.text, config.text_mode)
     return model
+
+
+def make_loader(recipe: Recipe[Any], source: AbstractSource, model: DualEncoder) -> Loader:
+    """Return the loader of a run: this process's part of every batch, repeated where the recipe's kind of step needs it."""
+    return Loader(
+        source,
+        model.image_policy,
+        model.tokenizer,
+        recipe.data,
+        seed=recipe.seed,
+        repeat=repeats(recipe),
+        part=distributed.part(),
+    )
 
 
 def all_texts(source: AbstractSource) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """A training run as one frozen tree of settings. What a run directory keeps as `recipe.json`."""
 
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from diptych.data.loader import LoaderConfig
 from diptych.models.build import DualConfig
 from diptych.models.dual import TowerMode
 from diptych.training.optim import OptimizerConfig
 from diptych.training.precision import Precision
+from diptych.training.step import StepKind
 
 Writer = Literal["tensorboard", "wandb", "trackio"]
 
@@ -48,6 +49,8 @@ class Recipe(Generic[C]):
         optimizer: How weights move.
         epochs: Passes over the training samples.
         accumulate: Batches per optimiser step.
+        step: `accumulated` takes the mean of their losses, each batch contrasting its own samples; `cached` takes one loss over the samples of
+            all of them, as one large batch would, for the memory of one batch and the time of one more forward pass.
         held_out: Share of the samples kept out of training for evaluation when the source has no split of its own.
         evaluate_every: Epochs between evaluations on held-out samples; the last epoch is always evaluated. 0 for the last only.
         save_every: Steps between checkpoints; the last step is always saved.
@@ -65,6 +68,7 @@ class Recipe(Generic[C]):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 10
     accumulate: int = 1
+    step: StepKind = "accumulated"
     held_out: float = 0.1
     evaluate_every: int = 1
     save_every: int = 200
@@ -73,3 +77,8 @@ class Recipe(Generic[C]):
     device: str = "auto"
     seed: int = 0
     writers: tuple[Writer, ...] = ()
+
+
+def repeats(recipe: Recipe[Any]) -> int | None:
+    """Return the `repeat` that a loader needs for the recipe's kind of step."""
+    return recipe.accumulate if recipe.step == "cached" else None

@@ -21,6 +21,7 @@ from diptych.errors import CheckpointError, TrainingError
 from diptych.files import atomic_folder, surviving, sweep
 from diptych.models.checkpoint import write_model
 from diptych.models.weights import CHECKPOINT
+from diptych.training import distributed
 from diptych.training.optim import WeightAverage
 from diptych.types import Encoded
 from diptych.verbs import AbstractObjective
@@ -74,9 +75,7 @@ class RunState:
             found |= {f"{moment}.{name}": value for moment, value in moments.items()}
         if self.average is not None:
             found |= {f"average.{name}": value for name, value in self.average.average.items()}
-        found["generator.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            found["generator.cuda"] = torch.cuda.get_rng_state()
+        found |= _generator_states()
         return {name: value.clone() for name, value in found.items()}
 
     @torch.no_grad()
@@ -94,9 +93,22 @@ class RunState:
                 self.optimizer.state[parameter] = {
                     moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _zero_moments(parameter)
                 }
-        torch.set_rng_state(tensors["generator.cpu"])
-        if "generator.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["generator.cuda"])
+        rank = distributed.part()[0]
+        if (state := tensors.get(f"generator.cpu.{rank}")) is not None:
+            torch.set_rng_state(state)
+        if (state := tensors.get(f"generator.cuda.{rank}")) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
+
+
+def _generator_states() -> dict[str, Tensor]:
+    """Return the states of the random generators of all processes, which draw different dropout."""
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    everyone = distributed.gather_objects(own)
+    return {
+        f"generator.{kind}.{rank}": state for rank, states in enumerate(everyone) for kind, state in states.items()
+    }
 
 
 def _zero_moments(parameter: Tensor) -> dict[str, Tensor]:
@@ -115,14 +127,19 @@ def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
 def save(state: RunState, folder: Path, step: int) -> None:
     """Replace the checkpoint of a run directory; killed at any moment, the old one or the new one is there, whole.
 
+    Of several processes the first one writes; all must call this.
+
     Raises:
         TrainingError: If it cannot be written, for example because the disk is full; the old one stays.
     """
+    tensors = state.tensors()
+    if not distributed.is_first():
+        return
     try:
         with atomic_folder(folder / CHECKPOINT) as target:
             with state.final_weights():
                 write_model(state.objective.model, target)
-            save_file(state.tensors(), target / "training.safetensors")
+            save_file(tensors, target / "training.safetensors")
             record = {"step": step, "position": asdict(state.loader.position), "skipped": state.loader.skipped}
             (target / "training.json").write_text(json.dumps(record))
     except (OSError, SafetensorError) as error:
@@ -139,7 +156,8 @@ def restore(state: RunState, folder: Path) -> int:
         CheckpointError: If the checkpoint belongs to other parameters, or is damaged.
     """
     source = surviving(folder / CHECKPOINT)
-    sweep(folder / CHECKPOINT)
+    if distributed.is_first():
+        sweep(folder / CHECKPOINT)
     if not (source / "training.json").exists():
         return 0
     try:

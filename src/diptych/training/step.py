@@ -1,15 +1,27 @@
-"""One optimiser step. The seam between `encode` and `loss` is what step kinds differ in; this file holds the plain one."""
+"""How the gradient of one optimiser step comes about. The seam between `encode` and `loss` is what the kinds of step differ in.
 
-from collections.abc import Sequence
+- `accumulate_gradients`: the plain step, and the mean of several. Each batch contrasts only its own samples.
+- `cached_gradients`: several batches are one: the loss sees all samples, the memory holds the activations of one batch at a time.
+
+With several processes both see the batch of all of them, see `distributed`.
+"""
+
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import islice
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diptych.errors import TrainingError
-from diptych.types import Batch, Encoded, Losses, map_tensors
+from diptych.training import distributed
+from diptych.types import Batch, Encoded, Losses, concatenate, map_tensors, tensors_of
 from diptych.verbs import AbstractObjective
+
+StepKind = Literal["accumulated", "cached"]
+Autocast = AbstractContextManager[None]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -18,9 +30,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def accumulate_gradients(
-    objective: AbstractObjective[Encoded], batches: Sequence[Batch], autocast: AbstractContextManager[None]
+    objective: AbstractObjective[Encoded], batches: Iterable[Batch], count: int, autocast: Autocast
 ) -> list[Losses]:
-    """Add the gradient of the mean loss of `batches` to the parameters; return the losses, detached.
+    """Add the gradient of the mean loss of the next `count` batches to the parameters; return the losses, detached.
 
     With one batch this is the plain step. With several, each contrasts only its own samples: accumulation saves memory but adds no
     negatives.
@@ -29,19 +41,61 @@ def accumulate_gradients(
         TrainingError: If a loss is not finite.
     """
     seen = []
-    for batch in batches:
+    for batch in islice(batches, count):
         with autocast:
             encoded = objective.encode(batch)
-        losses = objective.loss(encoded, replace(batch, images=()))
-        if not torch.isfinite(losses.total):
-            parts = ", ".join(f"{name} = {value.item():g}" for name, value in losses.parts.items())
-            raise TrainingError(
-                f"the loss is {losses.total.item()} ({parts}; first sample {batch.keys[0]!r}). "
-                "Lower optimizer.lr, or look for broken images or texts with `diptych doctor`."
-            )
-        (losses.total / len(batches)).backward()
+        losses = _loss(objective, encoded, batch)
+        (losses.total / count).backward()
         seen.append(map_tensors(torch.Tensor.detach, losses))
     return seen
+
+
+def cached_gradients(
+    objective: AbstractObjective[Encoded], batches: Iterable[Batch], count: int, autocast: Autocast
+) -> list[Losses]:
+    """Add the gradient of ONE loss over the samples of `count` batches to the parameters; return that loss, detached.
+
+    First every batch is encoded without a graph, and the loss of all gives the gradient of what was encoded. Then every batch is encoded
+    again, with the random numbers of the first time, and that gradient is sent on through the towers. Equal to encoding all batches in
+    turn with their graphs kept, at the memory of one batch and the time of one more forward pass.
+
+    Args:
+        objective: Any; its `encode` may use dropout, its `loss` its own parameters.
+        batches: Gives the `count` batches twice, in the same order, as a `Loader` with `passes=2` does; images are not kept between.
+        count: Batches per step.
+        autocast: Precision of the towers.
+
+    Raises:
+        TrainingError: If the loss is not finite.
+
+    Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
+    """
+    source, device = iter(batches), objective.model.device
+    buffers = [buffer.clone() for buffer in objective.buffers()]
+    chunks, states = [], []
+    with torch.no_grad():
+        for batch in islice(source, count):
+            states.append(_generators(device))
+            with autocast:
+                chunks.append((objective.encode(batch), replace(batch, images=())))
+        for buffer, before in zip(objective.buffers(), buffers, strict=True):
+            buffer.copy_(before)  # running statistics move once, in the second pass
+    encoded = map_tensors(_leaf, concatenate([chunk for chunk, _ in chunks]))
+    losses = _loss(objective, encoded, concatenate([batch for _, batch in chunks]))
+    losses.total.backward()
+    after, start = _generators(device), 0
+    gradients = [tensor.grad for tensor in tensors_of(encoded)]
+    for batch, state in zip(islice(source, count), states, strict=True):
+        _replay(state, device)
+        with autocast:
+            again = objective.encode(batch)
+        _send_back(tensors_of(again), gradients, start)
+        start += len(batch)
+    _replay(after, device)
+    return [map_tensors(torch.Tensor.detach, losses)]
+
+
+STEPS: dict[StepKind, Callable[..., list[Losses]]] = {"accumulated": accumulate_gradients, "cached": cached_gradients}
 
 
 def clip_gradients(module: nn.Module, norm: float | None) -> float:
@@ -54,3 +108,44 @@ def clip_gradients(module: nn.Module, norm: float | None) -> float:
     if not found < float("inf"):
         raise TrainingError(f"the gradient norm is {found}. Lower optimizer.lr, or try precision fp32.")
     return found
+
+
+def _loss(objective: AbstractObjective[Encoded], encoded: Encoded, batch: Batch) -> Losses:
+    """Return the loss over the samples of all processes, if it is finite."""
+    everything = distributed.gather_batch(replace(batch, images=()))
+    losses = objective.loss(distributed.gather(encoded), everything)
+    if not torch.isfinite(losses.total):
+        parts = ", ".join(f"{name} = {value.item():g}" for name, value in losses.parts.items())
+        raise TrainingError(
+            f"the loss is {losses.total.item()} ({parts}; first sample {batch.keys[0]!r}). "
+            "Lower optimizer.lr, or look for broken images or texts with `diptych doctor`."
+        )
+    return losses
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.requires_grad_(tensor.is_floating_point())
+
+
+def _send_back(encoded: list[Tensor], gradients: list[Tensor | None], start: int) -> None:
+    """Send the rows of the cached gradients that belong to one batch back through its graph."""
+    pairs = [
+        (tensor, gradient[start : start + len(tensor)][tuple(map(slice, tensor.shape))])
+        for tensor, gradient in zip(encoded, gradients, strict=True)
+        if gradient is not None and tensor.requires_grad
+    ]
+    if pairs:
+        torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _generators(device: torch.device) -> tuple[Tensor, ...]:
+    """Return the states of the random generators that a forward pass may draw from."""
+    states = (torch.get_rng_state(),)
+    return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
+
+
+def _replay(states: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
