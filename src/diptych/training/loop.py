@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from diptych.data.loader import Loader
@@ -11,10 +12,12 @@ from diptych.errors import TrainingError
 from diptych.models.dual import DualEncoder
 from diptych.models.modes import train_mode
 from diptych.training import distributed
+from diptych.training.features import use_cache
 from diptych.training.log import MetricsLog, Stopwatch, display
 from diptych.training.optim import WeightAverage, make_optimizer, schedule, set_learning_rate
 from diptych.training.precision import autocast, choose_precision
 from diptych.training.recipe import Recipe, repeats
+from diptych.training.speed import counting, matmul_peak
 from diptych.training.state import RunState, restore, save
 from diptych.training.step import STEPS, clip_gradients, to_device
 from diptych.types import Encoded
@@ -64,13 +67,19 @@ def fit(
     with display(total, console) as screen:
         size = loader.batch_size * recipe.accumulate * distributed.part()[1]
         screen.say(f"Training {total} steps of {size} on {device}. Precision: {reason}")
+        draws = total * recipe.accumulate * loader.batch_size
+        use_cache(objective, loader, precision, draws=draws, say=screen.say)
+        peak, flops = matmul_peak(device, precision), 0
+        screen.say(f"A large matrix product reaches {peak:,.0f} GFLOP/s here with {torch.get_num_threads()} threads.")
         for step in range(start + 1, total + 1):
             # Take a step.
             watch.start()
             lr = set_learning_rate(optimizer, schedule(step - 1, total, recipe.optimizer.warmup_rate))
             optimizer.zero_grad()
             try:
-                losses = take_step(objective, batches, recipe.accumulate, autocast(precision, device))
+                with counting(on=step == start + 1) as first:
+                    losses = take_step(objective, batches, recipe.accumulate, autocast(precision, device))
+                flops = first.count or flops
                 distributed.average_gradients(objective)
                 norm = clip_gradients(objective, recipe.optimizer.clip_norm)
             except TrainingError as error:
@@ -94,7 +103,7 @@ def fit(
                     "lr": lr,
                     "scale": model.scale.item(),
                     "grad_norm": norm,
-                    **watch.lap(),
+                    **watch.lap(flops, peak),
                     "skipped": loader.skipped,
                 }
                 log.write(row)
