@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-EXTRAS := dev,demo,docs,hf,log,openclip,pretrained,probe,search
+EXTRAS := dev,demo,docs,hf,log,openclip,plot,pretrained,probe,search
 BENCHMARKS := $(wildcard benchmarks/*.py)
 
 .PHONY: demo test test-slow check docs bench mini clean

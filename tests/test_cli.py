@@ -202,7 +202,7 @@ def test_a_planned_method_says_so(call):
     code, out, err = call("train", "photos", "--method", "cloc")
     assert (code, out) == (2, "")
     assert err.startswith("diptych train: cloc (CLOC") and "is planned: there is no code for it yet" in err
-    assert "What works as objective today: clip, siglip." in err
+    assert "What works as objective today: clip, siglip" in err
     code, _, err = call("doctor", "photos", "--method", "clp")
     assert code == 2 and "Did you mean 'clip'?" in err
 

@@ -38,6 +38,7 @@ PUBLIC = [
     "load_method",
     "methods",
     "open_source",
+    "reproduce",
     "search",
     "train",
 ]
@@ -62,7 +63,7 @@ def test_commands_are_functions_even_after_their_packages_are_imported():
     import diptych.evaluation.run
     import diptych.training.loop
 
-    for name in ("train", "evaluate", "embed", "search", "doctor", "convert", "demo"):
+    for name in ("train", "evaluate", "embed", "search", "doctor", "convert", "demo", "reproduce"):
         assert inspect.isfunction(getattr(diptych, name))
     assert len(diptych.methods()) == len(diptych.METHODS)
 

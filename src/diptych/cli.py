@@ -18,8 +18,11 @@ COMMANDS = {
     "doctor": "look for trouble before training: diptych doctor ./photos",
     "convert": "write a model for open_clip or transformers: diptych convert runs/demo --out clip --to hf",
     "methods": "list all methods and their state",
+    "reproduce": "run a paper's claim against a baseline and a control: diptych reproduce SLUG",
     "demo": "train on emoji from scratch in minutes, with a report",
 }
+
+_GOES_ON = {"train": " The run goes on with --resume.", "reproduce": " The same command goes on where it stopped."}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"diptych {command}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        more = " The run goes on with --resume." if command == "train" else ""
+        more = _GOES_ON.get(command, "")
         print(f"diptych {command}: stopped.{more}", file=sys.stderr)
         code = 130
     if code is not None:

@@ -17,23 +17,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tyro.conf import Positional, arg
 
+from diptych.claims.ledger import Result, update_readme, write_results
+from diptych.claims.plot import plot_results
+from diptych.claims.reproduce import reproduce_method
 from diptych.config import fingerprint, override, to_json
 from diptych.data.bundles import BUNDLES
 from diptych.data.loader import Loader
 from diptych.data.openmoji import glyphs
 from diptych.data.sources import AbstractSource, Columns, describe, open_source
-from diptych.errors import CheckpointError, ConfigError, DataError, ImageError
+from diptych.errors import CheckpointError, ConfigError, DataError, DiptychError, ImageError, MissingExtraError
 from diptych.evaluation.run import Evaluation, Task, compare, evaluate_model
 from diptych.files import atomic_file
-from diptych.methods import clip, load_method
+from diptych.methods import METHODS, clip, load_method
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import Advance
 from diptych.models.weights import CHECKPOINT, load
 from diptych.models.weights import convert as convert_model
+from diptych.training import distributed
 from diptych.training.doctor import Diagnosis, Finding, examine_source, examine_training
 from diptych.training.log import read_rows
 from diptych.training.loop import fit
-from diptych.training.prepare import choose_device, choose_start, hold_out, make_model
+from diptych.training.prepare import choose_device, choose_start, hold_out, make_loader, make_model
 from diptych.training.recipe import Recipe
 from diptych.types import Interval
 from diptych.use.gallery import Candidate, Card, render, retrieval_cards
@@ -101,8 +105,25 @@ def train(
         ConfigError: If `out` holds a run and neither `resume` nor `overwrite` is set.
         DataError: If the doctor finds that the samples cannot be trained on.
     """
-    began = time.perf_counter()
     recipe = recipe or clip.recipe()
+    with distributed.processes(choose_device(recipe.device)):
+        CONSOLE.quiet = not distributed.is_first()
+        return _train(source, recipe, out, evaluate_on, columns, resume, overwrite, check, offline)
+
+
+def _train(
+    source: str,
+    recipe: Recipe[Any],
+    out: Path | None,
+    evaluate_on: str | None,
+    columns: Columns,
+    resume: bool,
+    overwrite: bool,
+    check: bool,
+    offline: bool,
+) -> TrainedRun:
+    """Train, in each of one or several processes."""
+    began = time.perf_counter()
     method = load_method(recipe.method)
     samples = open_source(source, columns=columns)
     for sentence in describe(samples):
@@ -121,7 +142,7 @@ def train(
     _say(reason)
     model = make_model(recipe.model, training, seed=recipe.seed, offline=offline).to(choose_device(recipe.device))
     objective: AbstractObjective[Any] = method.Objective(model, recipe.objective).to(model.device)
-    loader = Loader(training, model.image_policy, model.tokenizer, recipe.data, seed=recipe.seed)
+    loader = make_loader(recipe, training, model)
     findings: list[Finding] = []
     if check and not resume:
         findings = _diagnose(training, objective, loader)
@@ -129,14 +150,15 @@ def train(
             raise DataError(
                 f"The doctor found errors: {' '.join(errors)} Mend them, or train all the same with --no-check."
             )
-    if overwrite and not resume:
+    if overwrite and not resume and distributed.is_first():
         _clear(folder)
+    distributed.wait()
     folder.mkdir(parents=True, exist_ok=True)
     if resume:
         _check_data(folder, training)
     else:  # what a run was started with is not replaced before it is known to fit
         _write_record(folder, source, training, held, recipe)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed + distributed.part()[0])  # processes draw different dropout
     prepared = time.perf_counter()
 
     prompts = _prompts_for(held)
@@ -324,7 +346,7 @@ def doctor(
     recipe = override(recipe, {"model": {"start": start}})
     model = make_model(recipe.model, samples, seed=recipe.seed, offline=offline)
     objective: AbstractObjective[Any] = load_method(recipe.method).Objective(model, recipe.objective)
-    loader = Loader(samples, model.image_policy, model.tokenizer, recipe.data, seed=recipe.seed)
+    loader = make_loader(recipe, samples, model)
     return Diagnosis(tuple(_diagnose(samples, objective, loader)))
 
 
@@ -358,6 +380,51 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> TrainedRun:
     return train("openmoji:train", recipe=recipe, out=out, evaluate_on="openmoji:test", overwrite=True)
 
 
+def reproduce(
+    slug: Positional[str | None] = None,
+    *,
+    seeds: int | None = None,
+    profile: Literal["mini", "full"] = "mini",
+    all: bool = False,
+    out: Path = Path("results"),
+    log: Path = Path("runs/claims"),
+) -> tuple[Result, ...]:
+    """Run a method's claim against a baseline and a control over seeds, and say whether it holds here.
+
+    Trials that are done are in a log: called again, the command goes on where it stopped. The result is `out`/<slug>.json with a plot beside
+    it, and a row in the ledger of the README.md beside `out`, if it has one.
+
+    Args:
+        slug: Method whose claim is run; `diptych methods` lists them.
+        seeds: How many, at least three; as many as the claim says when absent.
+        profile: `mini` is what claims are stated for, some ten minutes on two cores; `full` says what the paper's own setting needs.
+        all: Run the claims of all methods that have one.
+        out: Folder of results.
+        log: Folder with one file per method and one line per finished trial; remove a file to run its trials again.
+
+    Raises:
+        PlannedMethodError: If there is no code for the method yet.
+        ConfigError: If the method states no claim, or has none of that profile.
+        TrainingError: If a trial breaks down.
+    """
+    if (slug is None) != all:
+        raise ConfigError("Name one method, as in `diptych reproduce SLUG`, or say --all.")
+    if slug is not None:
+        return _reproduce(slug, seeds, profile, out, log)
+    results, failures = list[Result](), list[str]()
+    for each in _with_claim():
+        try:
+            results += _reproduce(each, seeds, profile, out, log)
+        except DiptychError as error:  # the other methods need not wait for this one
+            _say(f"{each}: {error}")
+            failures.append(each)
+    if failures:
+        raise ConfigError(
+            f"Could not be run: {', '.join(failures)}. Each says why above; the results of others are in {out}."
+        )
+    return tuple(results)
+
+
 def read_recipe(record: Mapping[str, Any]) -> Recipe[Any]:
     """Return the recipe that a mapping describes: the method's default with these keys changed.
 
@@ -383,6 +450,63 @@ def _chosen(model: str) -> str:
     if chosen != model:
         _say(reason)
     return chosen
+
+
+def _reproduce(
+    slug: str, seeds: int | None, profile: Literal["mini", "full"], out: Path, log: Path
+) -> tuple[Result, ...]:
+    """Run the claims of one method, write what they found, and print it."""
+    module = load_method(slug)
+    if not hasattr(module, "claim"):
+        raise ConfigError(
+            f"{slug} states no claim that could be run. Methods that do: {', '.join(_with_claim()) or 'none'}."
+        )
+    if profile == "full":
+        full = module.recipe()
+        raise ConfigError(
+            f"The claim of {slug} is stated for profile mini only. The paper's setting needs the paper's data and its hours of GPU: train "
+            f"the recipe of {slug} ({full.epochs} epochs, batches of {full.data.batch_size * full.accumulate}, model {full.model.start}) with "
+            f"`diptych train DATA --method {slug}`, the baseline likewise, over several seeds, and compare with `diptych evaluate --against`."
+        )
+    results = reproduce_method(
+        slug,
+        load_method,
+        log=log / f"{slug}.jsonl",
+        command=f"diptych reproduce {slug}" + (f" --seeds {seeds}" if seeds is not None else ""),
+        versions=versions(),
+        console=CONSOLE,
+        seeds=seeds,
+    )
+    place = write_results(results, out)
+    try:
+        plot_results(results, place.with_suffix(".png"))
+        _say(f"Results are in {place}, the plot beside it.")
+    except MissingExtraError as error:
+        _say(f"Results are in {place}. There is no plot: {error}")
+    update_readme(out.parent / "README.md", out)
+    for result in results:
+        _print_result(result)
+    return results
+
+
+def _with_claim() -> list[str]:
+    """Return the methods that state a claim."""
+    return [m.slug for m in METHODS.values() if m.state != "planned" and hasattr(load_method(m.slug), "claim")]
+
+
+def _print_result(result: Result) -> None:
+    _say(f"{result.slug}, {result.name}: {result.verdict}")
+    _say(f"  the paper says: {result.claim}")
+    for key, values in result.arms.items():
+        part = key if key in ("baseline", "method", "control") else "further"
+        seeds = ", ".join(f"{value:.3f}" for value in values)
+        shown = f"  {result.samples[key]:,} samples shown" if result.samples[key] else ""
+        _say(f"  {part:9} {result.names[key]:32} {sum(values) / len(values):.3f}  ({seeds}){shown}")
+    direction = "higher" if result.higher_is_better else "lower"
+    _say(
+        f"  method minus baseline, paired over {len(result.seeds)} seeds: {result.difference} {result.metric} ({direction} is better)"
+    )
+    _say(f"  control {'as' if result.control_check.passed else 'NOT as'} expected: {result.control_check.expected}")
 
 
 def _absolute(spec: str) -> str:
@@ -476,6 +600,8 @@ def versions() -> dict[str, str]:
 
 
 def _write_json(path: Path, record: Any) -> None:
+    if not distributed.is_first():
+        return
     with atomic_file(path) as file:
         file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -502,6 +628,8 @@ def _write_report(
     evaluation: Evaluation,
     findings: Sequence[Finding],
 ) -> None:
+    if not distributed.is_first():
+        return
     forward, backward = retrieval_cards(evaluation.embedded, held) if evaluation.retrieval is not None else ([], [])
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

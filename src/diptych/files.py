@@ -63,6 +63,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DIPTYCH_CACHE") or Path.home() / ".cache" / "diptych")
 
 
+def feature_folder() -> Path:
+    """Return where what was computed for training is kept; it can be deleted at any time."""
+    return cache_folder() / "features"
+
+
 def _beside(path: Path) -> Path:
     """Return a new name in the same folder, hence on the same disk; files made there get the user's usual permissions."""
     return path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")

@@ -176,7 +176,7 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A measured value with its 95 % bootstrap interval.
+    """A measured value with its 95 % interval: bootstrapped over items, or by Student's t over seeds.
 
     Attributes:
         value: The point estimate.

@@ -1,3 +1,5 @@
+import io
+import os
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -8,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from diptych.data.images import decode
-from diptych.data.loader import Loader, LoaderConfig, Position, TextColumn
+from diptych.data.loader import Loader, LoaderConfig, Position, TextColumn, choose_workers
 from diptych.data.sources import AbstractSource, Listed
 from diptych.data.tokenizer import TextPolicy, Tokenizer, hash_strings
 from diptych.data.transforms import Augment, ImagePolicy, preprocess
@@ -125,6 +128,23 @@ def test_roles_are_drawn_by_weight_and_texts_of_a_role_evenly():
     assert even["c"] == pytest.approx(4500, abs=190)
 
 
+def test_languages_are_drawn_evenly_whatever_their_number_of_texts():
+    texts = (
+        *(Text(f"e{i}", "caption", "en") for i in range(3)),
+        Text("d", "translation", "de"),
+        Text("?", "translation"),
+    )
+    sample, rng = Sample("x", None, (*texts, Text("h", "hard_negative", "fr")), "x"), np.random.default_rng(0)
+    column = TextColumn(("caption", "translation"), by="language")
+    found = Counter(column.draw(sample, rng) for _ in range(9000))
+    assert found["d"] == pytest.approx(3000, abs=180) and found["?"] == pytest.approx(3000, abs=180)  # 4 deviations
+    assert all(found[f"e{i}"] == pytest.approx(1000, abs=120) for i in range(3)) and found["h"] == 0
+    alone = replace(sample, texts=texts[3:4])
+    assert {column.draw(alone, rng) for _ in range(50)} == {"d"}  # one language never gives an empty string
+    with pytest.raises(ConfigError, match="weights"):
+        TextColumn(("caption", "translation"), (0.5, 0.5), by="language")
+
+
 def test_a_sample_without_the_roles_asked_for():
     sample = Sample("x", None, (Text("h", "hard_negative"),), "x")
     with pytest.raises(TextError, match=r"'x' has no text with a role in caption, label; its roles: hard_negative"):
@@ -228,3 +248,43 @@ def test_positions_count_batches(samples, size, start, late):
         epoch, cursor = epoch - 1, per_epoch  # the end of an epoch is the start of the next
     again = make(listed, config, seed=samples, position=Position(epoch, cursor))
     assert list(islice(again.requests(), 2 * per_epoch)) == whole[start:]
+
+
+@pytest.mark.parametrize(
+    ("cores", "samples", "expected"), [(2, 5000, 0), (4, 1999, 0), (4, 2000, 2), (16, 5000, 8), (64, 5000, 8)]
+)
+def test_the_number_of_workers_follows_from_cores_and_samples(monkeypatch, cores, samples, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    listed = Listed([Sample(str(i), None, (), str(i)) for i in range(samples)])
+    count, reason = choose_workers(make(listed).maker)
+    assert count == expected and reason.startswith(f"Workers: {count}")
+    assert choose_workers(make(listed, replace(CONFIG, workers=3)).maker)[0] == 3
+
+
+def test_each_distinct_text_is_tokenised_once(source, monkeypatch):
+    loader, seen = make(source), []
+    plain = [content(batch) for batch in take(make(source), 6)]
+    sequences = loader.maker.tokenizer.sequences
+    monkeypatch.setattr(loader.maker.tokenizer, "sequences", lambda texts: seen.extend(texts) or sequences(texts))
+    assert [content(batch) for batch in take(loader, 6)] == plain
+    assert len(seen) == len(set(seen)) > 4
+
+
+def test_a_full_memory_of_texts_starts_anew(source, monkeypatch):
+    plain = [content(batch) for batch in take(make(source), 6)]
+    monkeypatch.setattr("diptych.data.loader.REMEMBERED_TEXTS", 5)
+    assert [content(batch) for batch in take(make(source), 6)] == plain
+
+
+def test_scaled_decoding_is_for_random_crops_of_large_jpegs_only():
+    Image.effect_noise((640, 480), 60).convert("RGB").save(file := io.BytesIO(), "JPEG")
+    listed = Listed([Sample("a", file.getvalue(), (Text("noise"),), "a")])
+    crop = Augment(crop_scale=(0.6, 1.0))
+
+    def first(decode, *views):
+        return next(iter(make(listed, LoaderConfig(batch_size=1, views=views, decode=decode)))).images[0].float()
+
+    exact, scaled = first("exact", crop), first("scaled", crop)
+    assert not torch.equal(exact, scaled) and (exact - scaled).abs().mean() < 12  # the same crop: another one differs by 30
+    for views in ((Augment(),), (crop, Augment()), (replace(crop, size=400),)):  # exact; exact because of the second; not large
+        assert torch.equal(first("exact", *views), first("scaled", *views))

@@ -1,11 +1,12 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from diptych.data.transforms import Augment, ImagePolicy, augment, preprocess, random_box
@@ -61,7 +62,7 @@ def test_one_pixel_fills_the_square():
     for resize in ("crop", "squash", "pad"):
         found = preprocess(image, ImagePolicy(8, resize=resize))
         assert torch.equal(found, torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
-    change = Augment(crop_scale=(0.1, 0.5), flip_rate=0.5, jitter=0.2, gray_rate=0.5)
+    change = Augment(crop_scale=(0.1, 0.5), flip_rate=0.5, jitter=0.2, hue=0.1, gray_rate=0.5, blur_rate=1)
     assert augment(image, ImagePolicy(8), change, np.random.default_rng(0)).shape == (3, 8, 8)
 
 
@@ -104,6 +105,50 @@ def test_flip_gray_and_jitter():
     assert 60 <= min(levels) < 65 and 135 < max(levels) <= 140
 
 
+def test_the_hue_turns_and_comes_round():
+    red, policy = Image.new("RGB", (4, 4), (255, 0, 0)), ImagePolicy(4)
+    rng = np.random.default_rng(0)
+    seen = torch.stack([augment(red, policy, Augment(hue=0.5), rng)[:, 0, 0] for _ in range(300)])
+    assert (seen.max(1).values == 255).all() and (seen.min(1).values == 0).all()  # as bright and as pure as before
+    assert all((seen[:, channel] == 255).float().mean() > 0.2 for channel in range(3))
+    near = torch.stack([augment(red, policy, Augment(hue=0.1), rng)[:, 0, 0] for _ in range(300)])
+    assert (near[:, 0] == 255).all() and 100 < near[:, 1:].max() <= 160  # a tenth of a turn towards green or blue
+    gray = Image.new("RGB", (4, 4), (90, 90, 90))
+    assert torch.equal(augment(gray, policy, Augment(hue=0.5), rng), preprocess(gray, policy))
+
+
+def test_blur_is_of_the_finished_square_and_keeps_the_mean():
+    image, policy = noise(64, 48), ImagePolicy(32)
+    change = Augment(blur_rate=1.0, blur_sigma=(1.0, 1.0))
+    found = augment(image, policy, change, np.random.default_rng(0))
+    square = Image.fromarray(preprocess(image, policy).permute(1, 2, 0).numpy())
+    expected = torch.from_numpy(np.array(square.filter(ImageFilter.GaussianBlur(1.0)))).permute(2, 0, 1)
+    assert torch.equal(found, expected)
+    assert found.float().std() < 0.6 * preprocess(image, policy).float().std()
+    assert found.float().mean() == pytest.approx(preprocess(image, policy).float().mean().item(), abs=1)
+
+
+def test_jitter_and_blur_have_rates():
+    image, policy = noise(8, 8), ImagePolicy(8)
+    rng, plain = np.random.default_rng(0), preprocess(image, policy)
+    for change, rate in (
+        (Augment(jitter=0.4, hue=0.1, jitter_rate=0.8), 0.8),
+        (Augment(hue=0.3, jitter_rate=0.8), 0.8),
+        (Augment(blur_rate=0.5, blur_sigma=(1.0, 2.0)), 0.5),
+    ):
+        changed = sum(int(not torch.equal(augment(image, policy, change, rng), plain)) for _ in range(1000))
+        assert changed == pytest.approx(1000 * rate, abs=4 * (1000 * rate * (1 - rate)) ** 0.5 + 5)
+
+
+def test_what_is_off_draws_nothing():
+    streams = []
+    for change in (Augment(), Augment(jitter_rate=1.0, blur_rate=0.0, blur_sigma=(3.0, 4.0))):
+        rng = np.random.default_rng(0)
+        augment(noise(8, 8), ImagePolicy(8), change, rng)
+        streams.append(rng.random())
+    assert streams[0] == streams[1] == np.random.default_rng(0).random(3)[2]  # one for the flip, one for gray
+
+
 def test_rates_are_rates():
     image, policy = Image.new("RGB", (8, 8)), ImagePolicy(8)
     image.paste((255, 0, 0), (0, 0, 4, 8))
@@ -114,8 +159,16 @@ def test_rates_are_rates():
     assert flipped == pytest.approx(300, abs=60) and gray == pytest.approx(200, abs=52)  # four standard deviations
 
 
+@pytest.mark.parametrize("crop_scale", [(1.0, 1.0), (0.2, 0.6)])
+def test_a_view_of_another_size_is_that_of_a_policy_of_that_size(crop_scale):
+    change = Augment(crop_scale=crop_scale, size=12)
+    found = augment(noise(50, 40), ImagePolicy(16), change, np.random.default_rng(0))
+    expected = augment(noise(50, 40), ImagePolicy(12), replace(change, size=None), np.random.default_rng(0))
+    assert found.shape == (3, 12, 12) and torch.equal(found, expected)
+
+
 def test_equal_generators_give_equal_views():
-    change = Augment(crop_scale=(0.2, 1), flip_rate=0.5, jitter=0.5, gray_rate=0.3)
+    change = Augment(crop_scale=(0.2, 1), flip_rate=0.5, jitter=0.5, hue=0.2, gray_rate=0.3, blur_rate=0.5)
     views = [augment(noise(50, 40), ImagePolicy(16), change, np.random.default_rng(seed)) for seed in (1, 1, 2)]
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 

@@ -47,10 +47,57 @@ def test_multi_positive_equals_a_double_loop():
     assert info_nce(image, text, scale, positives=positives).item() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("multi", [False, True])
+def test_ignored_cells_take_no_part(multi):
+    image, text, scale = unit(5, 7), unit(5, 7, seed=1), 4.0
+    ignored = torch.zeros(5, 5, dtype=torch.bool)
+    ignored[0, 3] = ignored[2, 0] = ignored[2, 4] = True  # not symmetric
+    logits = (scale * image @ text.T).numpy()
+
+    def one_way(s: np.ndarray, left_out: np.ndarray) -> float:
+        return -sum(
+            s[i, i] - math.log(sum(math.exp(s[i, j]) for j in range(5) if not left_out[i, j])) for i in range(5)
+        )
+
+    expected = (one_way(logits, ignored.numpy()) + one_way(logits.T, ignored.T.numpy())) / 10
+    image.requires_grad_()
+    positives = torch.eye(5, dtype=torch.bool) if multi else None
+    found = info_nce(image, text, scale, positives=positives, ignored=ignored)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    found.backward()
+    assert image.grad.isfinite().all()
+
+
 def test_diagonal_positives_are_the_plain_loss():
     image, text = unit(6, 5), unit(6, 5, seed=1)
     plain = info_nce(image, text, 9.0)
     assert info_nce(image, text, 9.0, positives=torch.eye(6, dtype=torch.bool)).item() == pytest.approx(plain.item())
+
+
+def test_smoothing_spreads_a_share_of_the_target_over_all_candidates():
+    image, text = unit(6, 5), unit(6, 5, seed=1)
+    positives = torch.eye(6, dtype=torch.bool)
+    positives[0, 3] = positives[3, 0] = True
+    for given in (None, positives):
+        share = torch.eye(6).double() if given is None else given / given.sum(1, keepdim=True).double()
+        target = 0.8 * share + 0.2 / 6  # symmetric, so the same both ways
+        ways = [-(target * (9 * a @ b.T).log_softmax(1)).sum(1).mean() for a, b in ((image, text), (text, image))]
+        found = info_nce(image, text, 9.0, positives=given, label_smoothing=0.2)
+        assert found.item() == pytest.approx((ways[0] + ways[1]).item() / 2, abs=1e-12)
+    same = unit(1, 8).expand(6, 8)
+    assert info_nce(same, same, 50.0, label_smoothing=0.2).item() == pytest.approx(math.log(6))
+
+
+def test_candidates_without_gradient_leave_the_value_and_half_of_the_gradient():
+    image, text = unit(6, 5).requires_grad_(), unit(6, 5, seed=1).requires_grad_()
+    asked = info_nce(image, text, 9.0, candidate_gradient=False)
+    assert asked.item() == pytest.approx(info_nce(image, text, 9.0).item(), abs=1e-12)
+    asked.backward()
+    for query, candidate in ((image, text), (text, image)):
+        leaf = query.detach().requires_grad_()
+        logits = 9 * leaf @ candidate.detach().T
+        (cross_entropy(logits, torch.arange(6)) / 2).backward()
+        torch.testing.assert_close(query.grad, leaf.grad, rtol=1e-12, atol=1e-14)
 
 
 def test_sigmoid_loss_equals_a_double_loop():

@@ -27,7 +27,15 @@ from diptych.verbs import AbstractObjective
 
 OBJECTIVES = [slug for slug, method in METHODS.items() if method.verb == "objective" and method.state != "planned"]
 
-CHANCE: dict[str, Callable[[int], float]] = {"clip": math.log, "siglip": lambda n: n * math.log(2)}
+CHANCE: dict[str, Callable[[int], float]] = {
+    "clip": math.log,
+    "alip": lambda n: 2 * math.log(n),  # two texts; no weights before the first training batch
+    "fdt": math.log,
+    "laclip": math.log,
+    "siglip": lambda n: n * math.log(2),
+    "improved_baselines": math.log,
+    "rs_m_clip": lambda n: math.log(n) + math.log(512),  # its small head has 512 outputs
+}
 """The loss of n samples whose logits are all 0. A new method needs a line here."""
 
 SIZE = 8
@@ -184,11 +192,17 @@ def test_the_loss_is_at_chance_when_logits_say_nothing(slug, objective, batch):
     objective.eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        objective.model.log_scale.fill_(-20.0)
+        for name, parameter in objective.named_parameters():  # some have a second scale
+            if name.endswith("log_scale"):
+                parameter.fill_(-20.0)
+            if name.endswith("prototypes"):  # of a loss that `encode` returns per sample
+                parameter.fill_(0.0)
         if objective.model.bias is not None:
             objective.model.bias.fill_(0.0)
         encoded = map_tensors(
-            lambda t: normalize(torch.randn(t.shape, generator=generator), dim=-1) if t.is_floating_point() else t,
+            lambda t: (
+                normalize(torch.randn(t.shape, generator=generator), dim=-1) if t.is_floating_point() and t.ndim > 1 else t
+            ),
             objective.encode(batch),
         )
         assert objective.loss(encoded, batch).total.item() == pytest.approx(CHANCE[slug](SIZE), rel=1e-4)

@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from diptych.data.tokenizer import Tokenizer
 from diptych.data.transforms import ImagePolicy
 from diptych.errors import CheckpointError, OfflineError
 from diptych.models.build import DualConfig, build
+from diptych.models.codebook import CodebookHeadConfig
 from diptych.models.heads import LinearHeadConfig
 from diptych.models.huggingface import from_huggingface, to_huggingface
 from diptych.models.openclip import clip_tokenizer, from_openclip, to_openclip
@@ -274,9 +277,11 @@ def test_an_architecture_that_others_lack_is_refused(tmp_path, tokenizer):
     config = DualConfig(
         vision=VisionConfig(pool="mean"), text=TextConfig(vocabulary=300, length=16), text_head=LinearHeadConfig(128)
     )
-    for write in (to_openclip, to_huggingface):
+    codebook = CodebookHeadConfig(codes=8, dim=4)
+    with_codebook = replace(config, vision=VisionConfig(), image_head=codebook, text_head=codebook)
+    for write, strange in product((to_openclip, to_huggingface), (config, with_codebook)):
         with pytest.raises(CheckpointError, match="CLIP form"):
-            write(build(config, tokenizer), tmp_path / "out")
+            write(build(strange, tokenizer), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

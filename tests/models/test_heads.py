@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diptych.models.heads import ClassMixtureHead, ClassMixtureHeadConfig, LinearHead, LinearHeadConfig
+from diptych.models.heads import ClassMixtureHead, ClassMixtureHeadConfig, LinearHead, LinearHeadConfig, normed_mlp
 from diptych.types import TowerOutput
 
 
@@ -48,3 +48,16 @@ def test_a_linear_head_projects_the_pooled_vector_or_leaves_it():
     torch.testing.assert_close(head(TowerOutput(pooled)), pooled @ head.linear.weight.T + head.linear.bias)
     assert LinearHead(4, LinearHeadConfig(2)).linear.bias is None
     assert torch.equal(LinearHead(4, LinearHeadConfig(None))(TowerOutput(pooled)), pooled)
+
+
+def test_a_normed_mlp_by_hand():
+    torch.manual_seed(0)
+    mlp, x = normed_mlp(3, 5, 4, 2, hidden_bias=False), torch.randn(6, 3)
+    expected = x
+    for place in (0, 3):
+        expected = expected @ mlp[place].weight.T
+        expected = (expected - expected.mean(0)) / (expected.var(0, unbiased=False) + 1e-5).sqrt()
+        expected = expected.clamp(min=0)
+    torch.testing.assert_close(mlp(x), expected @ mlp[6].weight.T + mlp[6].bias)
+    biases = [layer.bias is not None for layer in normed_mlp(3, 5, 2, last_bias=False) if hasattr(layer, "in_features")]
+    assert biases == [True, False]

@@ -94,6 +94,47 @@ def test_images_of_a_batch_do_not_meet():
 def test_an_image_must_be_a_whole_number_of_patches():
     with pytest.raises(ConfigError, match="image_size 13 must be a multiple of patch_size 4"):
         image_tower(image_size=13)
+    with pytest.raises(ConfigError, match="12 x 10 pixels cannot be cut into patches of 4"):
+        image_tower()(pixels(1, 3, 10, 12))
+
+
+def test_images_of_its_own_size_get_the_learnt_positions_to_the_bit():
+    tower = image_tower()
+    assert tower.positions((3, 3)) is tower.position
+
+
+@pytest.mark.parametrize("pool", ["class", "mean"])
+@pytest.mark.parametrize("grid", [(2, 2), (6, 6), (3, 5)])
+def test_positions_of_another_grid_lie_between_the_learnt_ones(pool, grid):
+    tower = image_tower(pool=pool)
+    with torch.no_grad():
+        tower.position[-9:] = torch.arange(9.0).view(9, 1)  # a slope: 3 per row, 1 per column
+        positions = tower.positions(grid)
+    first, (rows, columns) = int(pool == "class"), grid
+    assert torch.equal(positions[:first], tower.position[:first])
+    square = positions[first:].reshape(rows, columns, -1)
+    torch.testing.assert_close(square.mean((0, 1)), torch.full((16,), 4.0))  # the middle stays where it is
+    assert (square.diff(dim=0) > 0).all() and (square.diff(dim=1) > 0).all()  # and the slope goes the same ways
+
+
+@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
+def test_images_of_another_size(pool):
+    tower = image_tower(pool=pool)
+    out = tower(pixels(2, 3, 8, 20))
+    assert out.grid == (2, 5) and out.tokens.shape == (2, 10, 16) and out.pooled.shape == (2, 16)
+    out.pooled[:, 0].sum().backward()  # one channel: the sum of all is constant behind a LayerNorm
+    assert (tower.position.grad.abs().sum(1) > 0).all()
+
+
+def test_a_larger_image_of_the_same_patches_gives_nearly_the_same_vector():
+    """Each patch is repeated where it was: only attention over equal patches and the interpolation of positions are new."""
+    tower = image_tower(pool="mean", depth=1)
+    with torch.no_grad():
+        tower.position.zero_()
+        image = pixels(1, 3, 12, 12)
+        blocks = image.unflatten(2, (3, 4)).unflatten(4, (3, 4))  # b c rows 4 columns 4
+        doubled = blocks.repeat_interleave(2, 2).repeat_interleave(2, 4).flatten(4, 5).flatten(2, 3)
+        torch.testing.assert_close(tower(doubled).pooled, tower(image).pooled)
 
 
 # --- our text tower ---

@@ -11,6 +11,8 @@ from diptych.models.transformer import (
     Transformer,
     attend,
     attention_weights,
+    drop_path,
+    dropping,
     make_activation,
 )
 
@@ -91,6 +93,48 @@ def test_probabilities_are_those_that_attention_uses():
     values = attention.split(attention.value(x))
     joined = (attention.probabilities(x, PADDED) @ values).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention(x, x, PADDED), attention.out(joined))
+
+
+def test_nothing_is_dropped_unless_asked_for_and_in_training():
+    stack, x = tower().train(), normal(2, 5, 16)
+    plain, state = stack(x)[0], torch.get_rng_state()
+    with dropping(stack):
+        assert torch.equal(stack(x)[0], plain)
+    with dropping(stack.eval(), stream=0.5, path=0.5):
+        assert torch.equal(stack(x)[0], plain)
+    assert torch.equal(torch.get_rng_state(), state)
+    with dropping(stack.train(), stream=0.5):
+        assert not torch.equal(stack(x)[0], plain)
+    assert torch.equal(stack(x)[0], plain)  # and it ends with the context
+    with pytest.raises(RuntimeError), dropping(stack, stream=0.5):
+        raise RuntimeError
+    assert torch.equal(stack(x)[0], plain)
+
+
+def test_the_stream_is_dropped_at_the_input_of_each_block():
+    stack, x = tower().train(), normal(2, 5, 16)
+    with dropping(stack, stream=0.3):
+        torch.manual_seed(1)
+        found = stack(x, CAUSAL)[0]
+    torch.manual_seed(1)
+    for block in stack.blocks:
+        x = block(F.dropout(x, 0.3), CAUSAL)
+    assert torch.equal(found, x)
+
+
+def test_a_dropped_path_leaves_samples_whole():
+    update = normal(4000, 2, 3)
+    torch.manual_seed(0)
+    found = drop_path(update, 0.25)
+    kept = found.flatten(1).any(1)
+    torch.testing.assert_close(found[kept], update[kept] / 0.75)
+    assert not found[~kept].any() and (~kept).float().mean().item() == pytest.approx(0.25, abs=0.028)
+    assert drop_path(update, 0.0) is update
+    stack, x = tower().train(), normal(50, 5, 16)
+    with dropping(stack, path=0.9):
+        out = stack(x)[0]
+    same = (out == x).flatten(1).all(1).float().mean().item()
+    assert same == pytest.approx(0.9**6, abs=0.28)  # both updates of three blocks dropped
 
 
 def test_heads_do_not_mix():

@@ -78,6 +78,8 @@ class Claim:
         control: How the control must come out.
         seeds: At least three.
         higher_is_better: Direction of the metric.
+        sources: Data sets, as `open_source` takes them. Their fingerprints are recorded, and a trial that is in the log is run again once
+            they change.
     """
 
     slug: str
@@ -89,3 +91,4 @@ class Claim:
     control: Control
     seeds: tuple[int, ...] = (0, 1, 2)
     higher_is_better: bool = True
+    sources: tuple[str, ...] = ()

@@ -67,19 +67,28 @@ def bundle(name: str, split: str | None = None, *, columns: Columns | None = Non
     """
     if name not in BUNDLES:
         raise DataError(f"There is no bundle {name!r}. {nearest(name, BUNDLES)}")
+    record = BUNDLES[name]
+    folder = bundle_file(name, record.file).parent
+    meaning = record.columns if columns in (None, Columns()) else columns
+    notes = (f"Bundle {name}: {record.licence}",)
+    return from_table(read_table(folder / record.file), folder, name, columns=meaning, split=split, notes=notes)
+
+
+def bundle_file(name: str, file: str) -> Path:
+    """Return the path of a file in the folder of a bundle, which need not be one of `BUNDLES`.
+
+    Raises:
+        DataError: If `DIPTYCH_DATA` is unset, or the file is not in it.
+    """
     root = os.environ.get("DIPTYCH_DATA")
     if not root:
         raise DataError(
             f"The bundle {name!r} is read from the folder that DIPTYCH_DATA names, and DIPTYCH_DATA is unset."
         )
-    record, folder = BUNDLES[name], Path(root) / name
-    if not (folder / record.file).exists():
-        raise DataError(
-            f"{folder} has no {record.file}; DIPTYCH_DATA must name the folder that holds the bundle {name!r}."
-        )
-    meaning = record.columns if columns in (None, Columns()) else columns
-    notes = (f"Bundle {name}: {record.licence}",)
-    return from_table(read_table(folder / record.file), folder, name, columns=meaning, split=split, notes=notes)
+    folder = Path(root) / name
+    if not (folder / file).exists():
+        raise DataError(f"{folder} has no {file}; DIPTYCH_DATA must name the folder that holds the bundle {name!r}.")
+    return folder / file
 
 
 def class_names(source: AbstractSource) -> tuple[str, ...]:

@@ -4,24 +4,34 @@ Every random choice about a sample comes from a generator seeded with (seed, epo
 process reads it or on what was read before; resuming is starting at another cursor.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diptych.data.features import Cached
 from diptych.data.images import decode
 from diptych.data.sources import AbstractSource
 from diptych.data.text_changes import TextChange, change_text
 from diptych.data.texts import choose_text
 from diptych.data.tokenizer import Tokenizer, hash_strings
-from diptych.data.transforms import Augment, ImagePolicy, augment
+from diptych.data.transforms import Augment, ImagePolicy, augment, pass_over, reduction
 from diptych.errors import ConfigError, DataError, ImageError, TextError
-from diptych.types import Batch, Role, Sample, Text
+from diptych.types import Batch, Role, Sample, Text, Tokens
+
+FEW, MOST_WORKERS = 2_000, 8
+"""Workers are started for no fewer samples than this, and never more of them, unless asked for."""
+
+REMEMBERED_TEXTS = 200_000
+"""Per process; some 100 MB of ids."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +87,50 @@ class TextColumn:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """What is computed once and kept on the disk (in `DIPTYCH_CACHE`, or ~/.cache/diptych) instead of once per epoch.
+
+    Attributes:
+        mode: `exact` keeps what cannot change a result: what frozen towers make of texts and of views that are not random.
+            `approximate` keeps `versions` random versions of each random view too: epoch e sees those of epoch e mod `versions`,
+            which changes nothing as long as there are no more epochs. `off` keeps nothing.
+        versions: Of random views, in mode `approximate`.
+        pixels: Keep the decoded pixels of views that are not random where their tower is trained and must see them; exact.
+        gigabytes: More than this is not written; what would not fit is computed every epoch.
+    """
+
+    mode: Literal["exact", "approximate", "off"] = "exact"
+    versions: int = 8
+    pixels: bool = False
+    gigabytes: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.versions < 1:
+            raise ConfigError(f"A cache of random views needs at least one version of each, not {self.versions}.")
+
+
+@dataclass(frozen=True)
 class LoaderConfig:
     """How samples become batches.
 
     Attributes:
         batch_size: Samples per batch; an incomplete last batch is left out, unless it is the only one.
-        workers: Processes that decode; 0 decodes in the training process. Changes nothing but speed.
+        workers: Processes that decode, one thread each; 0 decodes in the training process, None chooses. Changes nothing but speed.
         texts: One entry per text column.
         views: One entry per image view; view 0 is the main one.
         bad_samples: `skip` leaves unreadable samples out of their batch and counts them, `strict` stops.
+        decode: `scaled` decodes large JPEG files near the size of the view, where all views are random crops; an approximation. Evaluation
+            never does.
+        cache: What is computed once instead of once per epoch.
     """
 
     batch_size: int = 128
-    workers: int = 0
+    workers: int | None = None
     texts: tuple[TextColumn, ...] = (TextColumn(),)
     views: tuple[Augment, ...] = (Augment(),)
     bad_samples: Literal["skip", "strict"] = "skip"
+    decode: Literal["exact", "scaled"] = "exact"
+    cache: CacheConfig = CacheConfig()
 
 
 @dataclass(frozen=True)
@@ -133,6 +171,7 @@ class Loader:
         given: How many samples the batches taken so far held; repeated batches are counted once.
         skipped: How many were left out of them.
         repeat: How many batches are given a second time before going on; None for none.
+        maker: Makes the batches; its `cached` says what it need not compute.
     """
 
     def __init__(
@@ -166,7 +205,7 @@ class Loader:
         if len(source) < part[1]:
             held = f"{len(source):,}" if len(source) else "no"
             raise DataError(f"{source.name} has {held} samples; training needs at least {part[1]}, one per process.")
-        if config.batch_size < 1 or config.workers < 0:
+        if config.batch_size < 1 or (config.workers or 0) < 0:
             raise ConfigError(
                 f"batch_size must be >= 1 and workers >= 0, not {config.batch_size} and {config.workers}."
             )
@@ -177,8 +216,7 @@ class Loader:
         self.batches_per_epoch = len(source) // (self.batch_size * part[1])
         self.repeat, self._part = repeat, part
         self._samples = len(source)
-        self._workers = config.workers
-        self._maker = BatchMaker(source, image_policy, tokenizer, config, seed)
+        self.maker = BatchMaker(source, image_policy, tokenizer, config, seed)
 
     def requests(self) -> Iterator[Request]:
         """Yield what to make, without end, from `position` on."""
@@ -205,10 +243,10 @@ class Loader:
         """Yield batches without end; `position` follows each one, so saving it after a step resumes exactly there."""
         # A DataLoader draws a seed when it starts. From the global generator, that would shift the model's dropout after a resume.
         loader: DataLoader[tuple[Request, Batch]] = DataLoader(
-            self._maker,
+            self.maker,
             batch_size=None,
             sampler=self.requests(),
-            num_workers=self._workers,
+            num_workers=choose_workers(self.maker)[0],
             generator=torch.Generator(),
         )
         for request, batch in loader:
@@ -219,8 +257,27 @@ class Loader:
             yield batch
 
 
+def choose_workers(maker: "BatchMaker") -> tuple[int, str]:
+    """Return how many processes make batches, and a sentence that says why."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if maker.config.workers is not None:
+        return maker.config.workers, f"Workers: {maker.config.workers}, as asked."
+    if all(maker.cached.views):
+        return 0, "Workers: 0, nothing is decoded."
+    if cores <= 2:
+        return 0, f"Workers: 0, training itself keeps {cores} cores busy."
+    if len(maker.source) < FEW:
+        return 0, f"Workers: 0, there are fewer than {FEW:,} samples."
+    count = min(cores // 2, MOST_WORKERS)
+    return count, f"Workers: {count} of one thread each, half of {cores} cores, at most {MOST_WORKERS}."
+
+
 class BatchMaker(Dataset[tuple[Request, Batch]]):
-    """Makes one batch from one request; all of its state is read-only, so it can live in any process."""
+    """Makes one batch from one request, in any process: what it remembers saves time and changes nothing.
+
+    Attributes:
+        cached: Views and texts that are looked up instead of computed. Set before batches are asked for.
+    """
 
     def __init__(
         self, source: AbstractSource, image_policy: ImagePolicy, tokenizer: Tokenizer, config: LoaderConfig, seed: int
@@ -232,14 +289,17 @@ class BatchMaker(Dataset[tuple[Request, Batch]]):
             config,
             seed,
         )
+        self.cached = Cached((None,) * len(config.views), (None,) * len(config.texts))
+        self._tokenised: dict[str, tuple[list[int], int]] = {}
 
     def __getitem__(self, request: Request) -> tuple[Request, Batch]:
         samples, views, texts, skipped = [], [], [], []
         for index in request.indices:
             rng = np.random.default_rng([self.seed, request.epoch, index])
             try:
-                sample = self.source[index]
-                views.append(self._views(sample, rng))
+                looked_up = all(self.cached.views)
+                sample = self.source.without_image(index) if looked_up else self.source[index]
+                views.append(self._views(sample, index, request.epoch, rng))
                 texts.append(self._texts(sample, rng))
                 samples.append(sample)
             except (ImageError, TextError) as error:
@@ -251,18 +311,61 @@ class BatchMaker(Dataset[tuple[Request, Batch]]):
             raise DataError(f"None of the {len(request.indices)} samples of a batch could be used. First: {skipped[0]}")
         batch = Batch(
             keys=tuple(sample.key for sample in samples),
-            images=tuple(torch.stack(view) for view in zip(*views, strict=True)),
-            texts=tuple(self.tokenizer(column) for column in zip(*texts, strict=True)),
+            images=tuple(
+                torch.stack(view) if cached is None else cached.take(view)
+                for view, cached in zip(zip(*views, strict=True), self.cached.views, strict=True)
+            ),
+            texts=tuple(
+                self._tokens(column) if cached is None else cached.fill(self._tokens(column))
+                for column, cached in zip(zip(*texts, strict=True), self.cached.texts, strict=True)
+            ),
             group=hash_strings(sample.group for sample in samples),
             skipped=tuple(skipped),
         )
         return request, batch
 
-    def _views(self, sample: Sample, rng: np.random.Generator) -> list[Tensor]:
+    def some(self, indices: Sequence[int]) -> Batch:
+        """Return a batch of a few samples as the first epoch shows them, for a look ahead."""
+        return self[Request(0, tuple(indices), Position())][1]
+
+    def view(self, index: int, epoch: int, place: int) -> Tensor:
+        """Return one view of one sample, as the batches of an epoch show it."""
+        rng = np.random.default_rng([self.seed, epoch, index])
+        image = self._decode(self.source[index])
+        for view in self.config.views[:place]:
+            pass_over(view, rng)
+        return augment(image, self.image_policy, self.config.views[place], rng)
+
+    def _views(self, sample: Sample, index: int, epoch: int, rng: np.random.Generator) -> list[Any]:
+        """Return pixels of each view; of a view that is looked up, its place in the store."""
+        image = None if all(self.cached.views) else self._decode(sample)
+        found: list[Any] = []
+        for view, cached in zip(self.config.views, self.cached.views, strict=True):
+            if cached is None:
+                assert image is not None
+                found.append(augment(image, self.image_policy, view, rng))
+            else:
+                pass_over(view, rng)  # so that texts, drawn next, are those of a run without a cache
+                found.append(cached.row(epoch, index))
+        return found
+
+    def _decode(self, sample: Sample) -> Image.Image:
         if sample.image is None:
             raise ImageError(f"{sample.key!r} has no image.")
-        image = decode(sample.image, background=self.image_policy.background)
-        return [augment(image, self.image_policy, view, rng) for view in self.config.views]
+        near = partial(reduction, policy=self.image_policy, changes=self.config.views)
+        scaled = self.config.decode == "scaled"
+        return decode(sample.image, background=self.image_policy.background, reduce=near if scaled else None)
+
+    def _tokens(self, texts: Sequence[str]) -> Tokens:
+        """Return the tokens of a column; each distinct text is tokenised once."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self._tokenised]:
+            if len(self._tokenised) + len(new) > REMEMBERED_TEXTS:
+                self._tokenised.clear()
+                new = list(dict.fromkeys(texts))
+            sequences, keys = self.tokenizer.sequences(new), self.tokenizer.keys(new).tolist()
+            self._tokenised.update(zip(new, zip(sequences, keys, strict=True), strict=True))
+        known = [self._tokenised[text] for text in texts]
+        return self.tokenizer.pad([ids for ids, _ in known], torch.tensor([key for _, key in known]))
 
     def _texts(self, sample: Sample, rng: np.random.Generator) -> list[str]:
         drawn = [column.draw(sample, rng) for column in self.config.texts]

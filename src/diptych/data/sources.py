@@ -52,6 +52,10 @@ class AbstractSource(ABC):
     def texts(self, index: int) -> tuple[Text, ...]:
         """Return the texts of one sample without touching its image."""
 
+    def without_image(self, index: int) -> Sample:
+        """Return one sample without its image; sources that have to read images override this and read none."""
+        return replace(self[index], image=None)
+
     @property
     def fingerprint(self) -> str:
         """Return a hash of length and texts, for the run's record of its data."""
@@ -93,6 +97,10 @@ class Subset(AbstractSource):
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.indices[index]]
 
+    def without_image(self, index: int) -> Sample:
+        """Return one sample without its image."""
+        return self.source.without_image(self.indices[index])
+
     def texts(self, index: int) -> tuple[Text, ...]:
         """Return the texts of one sample."""
         return self.source.texts(self.indices[index])
@@ -112,8 +120,12 @@ class Joined(AbstractSource):
 
     def __getitem__(self, index: int) -> Sample:
         source, own = self._find(index)
-        sample = source[own]
-        return replace(sample, key=f"{source.name}/{sample.key}", group=f"{source.name}/{sample.group}")
+        return _prefixed(source[own], source.name)
+
+    def without_image(self, index: int) -> Sample:
+        """Return one sample without its image."""
+        source, own = self._find(index)
+        return _prefixed(source.without_image(own), source.name)
 
     def texts(self, index: int) -> tuple[Text, ...]:
         """Return the texts of one sample."""
@@ -123,6 +135,10 @@ class Joined(AbstractSource):
     def _find(self, index: int) -> tuple[AbstractSource, int]:
         place = bisect.bisect_right(self._ends, index)
         return self.sources[place], index - (self._ends[place - 1] if place else 0)
+
+
+def _prefixed(sample: Sample, name: str) -> Sample:
+    return replace(sample, key=f"{name}/{sample.key}", group=f"{name}/{sample.group}")
 
 
 class TableSource(AbstractSource):
@@ -140,10 +156,14 @@ class TableSource(AbstractSource):
 
     def __getitem__(self, index: int) -> Sample:
         image = None if self.columns.image is None else self.table[self.columns.image][index].as_py()
+        return replace(self.without_image(index), image=None if image is None else self._image(image))
+
+    def without_image(self, index: int) -> Sample:
+        """Return one row without its image; nothing is read from the disk."""
         key = self._value(self.columns.key, index) or f"row-{index}"
         return Sample(
             key=key,
-            image=None if image is None else self._image(image),
+            image=None,
             texts=self.texts(index),
             group=self._value(self.columns.group, index) or key,
             label=self._value(self.columns.label, index),
@@ -353,15 +373,19 @@ def _load_dataset(name: str, split: str | None) -> Any:
 def _named(name: str, split: str | None, columns: Columns | None) -> AbstractSource:
     """Return a source that has a name instead of a path."""
     from diptych.data.bundles import BUNDLES, bundle
+    from diptych.data.multilingual import bilingual_photos, overhead_photos
     from diptych.data.openmoji import openmoji
     from diptych.data.scenes import scenes
 
     if name == "openmoji":
         return openmoji(split or "all")
+    joined = {"bilingual-photos": bilingual_photos, "overhead-photos": overhead_photos}
+    if name in joined:
+        return joined[name](split)
     if name == "scenes":
         return scenes(split or "train")
     if name in BUNDLES:
         return bundle(name, split, columns=columns)
     raise DataError(
-        f"There is no file or folder {name!r}, and no data set of that name. {nearest(name, [*BUNDLES, 'openmoji', 'scenes'])}"
+        f"There is no file or folder {name!r}, and no data set of that name. {nearest(name, [*BUNDLES, *joined, 'openmoji', 'scenes'])}"
     )

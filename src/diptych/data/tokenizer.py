@@ -71,17 +71,28 @@ class Tokenizer:
         Raises:
             TextError: If a text has no content, or holds half a surrogate pair.
         """
+        return self.pad(self.sequences(texts), self.keys(texts))
+
+    def keys(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the hash of each text as the tokenizer sees it."""
+        return hash_strings(map(self.clean, texts))
+
+    def sequences(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, special tokens included, cut to the longest length; see `__call__`."""
         begin = [] if self.policy.begin is None else [self.policy.begin]
         end = [] if self.policy.end is None else [self.policy.end]
         room = self.policy.length - len(begin) - len(end)
-        sequences = [begin + encoding.ids[:room] + end for encoding in self._encode(texts)]
+        return [begin + encoding.ids[:room] + end for encoding in self._encode(texts)]
+
+    def pad(self, sequences: Sequence[Sequence[int]], keys: torch.Tensor) -> Tokens:
+        """Return what `sequences` and `keys` gave as one record."""
         longest = self.policy.length if self.policy.pad_to == "length" else max(map(len, sequences))
         ids = torch.full((len(sequences), longest), self.policy.pad)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = True
-        return Tokens(ids, mask, hash_strings(map(self.clean, texts)))
+        return Tokens(ids, mask, keys)
 
     def _encode(self, texts: Sequence[str]) -> list:  # type: ignore[type-arg]  # tokenizers.Encoding is untyped
         cleaned = [self.clean(text) for text in texts]

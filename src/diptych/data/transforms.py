@@ -1,13 +1,14 @@
 """From a decoded image to the uint8 square a tower expects, exactly (evaluation) or with augmentation (training)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from diptych.data.images import MAX_PIXELS
@@ -54,14 +55,29 @@ class Augment:
         crop_ratio: Range of the crop's aspect ratio, width / height.
         flip_rate: Probability of a left-right flip. Leave 0 where captions speak of left and right.
         jitter: Brightness, contrast and saturation factors are drawn from [1 - jitter, 1 + jitter].
+        hue: The hue is turned by an angle drawn from [-hue, hue], in turns; at most 0.5.
+        jitter_rate: Probability that `jitter` and `hue` act at all.
         gray_rate: Probability of dropping colour.
+        blur_rate: Probability of a Gaussian blur of the finished square.
+        blur_sigma: Range of its standard deviation, pixels.
+        size: Side of this view, pixels; None for the policy's.
     """
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     flip_rate: float = 0.0
     jitter: float = 0.0
+    hue: float = 0.0
+    jitter_rate: float = 1.0
     gray_rate: float = 0.0
+    blur_rate: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    size: int | None = None
+
+    @property
+    def random(self) -> bool:
+        """Return whether two views of one image may differ."""
+        return self.crop_scale != (1.0, 1.0) or any((self.flip_rate, self.jitter, self.hue, self.gray_rate, self.blur_rate))
 
 
 def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size size"]:
@@ -70,13 +86,18 @@ def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size
     Raises:
         ImageError: If `crop` would make more than `MAX_PIXELS` pixels of an extremely long image before cutting its centre.
     """
+    return to_tensor(_square(image, policy))
+
+
+def _square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
+    """Return the square that `preprocess` makes a tensor of."""
     size, resampling = policy.size, _RESAMPLING[policy.interpolation]
     if image.size == (size, size) and policy.crop_fraction == 1:
-        return to_tensor(image)
+        return image
     if policy.resize == "squash":
-        return to_tensor(image.resize((size, size), resampling))
+        return image.resize((size, size), resampling)
     if policy.resize == "pad":
-        return to_tensor(ImageOps.pad(image, (size, size), resampling, color=policy.background))
+        return ImageOps.pad(image, (size, size), resampling, color=policy.background)
     width, height = image.size
     # Same order of rounding as torchvision: the short side is exact, the long side truncated, the crop offset rounded.
     short = round(size / policy.crop_fraction)
@@ -87,25 +108,63 @@ def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size
             f"at most {MAX_PIXELS:,} are made. Cut the image, or drop the row."
         )
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return to_tensor(image.resize((width, height), resampling).crop((left, top, left + size, top + size)))
+    return image.resize((width, height), resampling).crop((left, top, left + size, top + size))
 
 
 def augment(
     image: Image.Image, policy: ImagePolicy, change: Augment, rng: np.random.Generator
 ) -> UInt8[Tensor, "3 size size"]:
     """Return a random view of an RGB image; equals `preprocess` when `change` is `Augment()`."""
+    if change.size is not None:
+        policy = replace(policy, size=change.size)
     cropped = change.crop_scale != (1.0, 1.0)
     if cropped:
         box = random_box(image.size, change, rng)
         image = image.resize((policy.size, policy.size), _RESAMPLING[policy.interpolation], box=box)
     if rng.random() < change.flip_rate:
         image = ImageOps.mirror(image)
+    if change.jitter_rate == 1 or rng.random() < change.jitter_rate:
+        image = _jittered(image, change, rng)
+    if rng.random() < change.gray_rate:
+        image = ImageOps.grayscale(image).convert("RGB")
+    if not cropped:  # a crop is final: no second one, of its centre
+        image = _square(image, policy)
+    if change.blur_rate > 0 and rng.random() < change.blur_rate:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*change.blur_sigma)))
+    return to_tensor(image)
+
+
+def pass_over(change: Augment, rng: np.random.Generator) -> None:
+    """Draw from the generator what `augment` draws, whatever the image, for a view that need not be made."""
+    augment(_DOT, _DOT_POLICY, replace(change, size=None), rng)
+
+
+def reduction(size: tuple[int, int], policy: ImagePolicy, changes: Sequence[Augment]) -> int:
+    """Return by how much an image of (width, height) may be reduced while even the smallest crop is still reduced, never enlarged.
+
+    1 if one of the views is not cropped at random: that is the view of evaluation, and evaluation is exact.
+    """
+    if any(change.crop_scale == (1.0, 1.0) for change in changes):
+        return 1
+    area = size[0] * size[1]
+    sides = [
+        min(*size, math.sqrt(area * change.crop_scale[0] * min(change.crop_ratio[0], 1 / change.crop_ratio[1])))
+        / (change.size or policy.size)
+        for change in changes
+    ]
+    return max(1, int(min(sides)))
+
+
+def _jittered(image: Image.Image, change: Augment, rng: np.random.Generator) -> Image.Image:
+    """Return an image with random brightness, contrast, saturation and hue; no number is drawn for what is off."""
     if change.jitter > 0:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(1 + change.jitter * rng.uniform(-1, 1))
-    if rng.random() < change.gray_rate:
-        image = ImageOps.grayscale(image).convert("RGB")
-    return to_tensor(image) if cropped else preprocess(image, policy)  # a crop is final: no second one, of its centre
+    if change.hue > 0:
+        hue, saturation, value = image.convert("HSV").split()
+        turn = round(256 * change.hue * rng.uniform(-1, 1))
+        image = Image.merge("HSV", (hue.point(lambda level: (level + turn) % 256), saturation, value)).convert("RGB")
+    return image
 
 
 def random_box(size: tuple[int, int], change: Augment, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -124,3 +183,6 @@ def random_box(size: tuple[int, int], change: Augment, rng: np.random.Generator)
 def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     """Return the pixels of an RGB image, channels first."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+_DOT, _DOT_POLICY = Image.new("RGB", (1, 1)), ImagePolicy(size=1)

@@ -16,6 +16,9 @@ def info_nce(
     scale: Float[Tensor, ""] | float,
     *,
     positives: Bool[Tensor, "n n"] | None = None,
+    ignored: Bool[Tensor, "n n"] | None = None,
+    label_smoothing: float = 0.0,
+    candidate_gradient: bool = True,
 ) -> Float[Tensor, ""]:
     """Return the symmetric InfoNCE loss.
 
@@ -27,6 +30,11 @@ def info_nce(
         text: Normalised embeddings.
         scale: 1 / temperature, > 0.
         positives: True where image row and text column belong together; the diagonal must be True.
+        ignored: True where a cell takes no part at all, neither as positive nor as negative; never on the diagonal.
+        label_smoothing: Share of each target that is spread evenly over all n candidates, in [0, 1); no effect at chance. Not together
+            with `ignored`, whose cells would then be candidates again.
+        candidate_gradient: False lets a row's gradient reach only the embedding that asks, not those it is compared with, as when
+            candidates are gathered from other processes without gradient. The value is the same.
 
     Returns:
         A scalar, log(n) at chance; at least the mean log of the number of positives; 0 for n = 1.
@@ -34,14 +42,22 @@ def info_nce(
     Source: Radford et al. 2021, figure 3; Khosla et al. 2020, equation 2.
     """
     with torch.autocast(image.device.type, enabled=False):
-        logits = scale * _full(image) @ _full(text).T
+        image, text = _full(image), _full(text)
+        logits = scale * image @ text.T
+        transposed = logits.T
+        if not candidate_gradient:
+            logits, transposed = scale * image @ text.detach().T, scale * text @ image.detach().T
+        if ignored is not None:  # the lowest number and not -inf, of which a share of 0 would be NaN
+            lowest = torch.finfo(logits.dtype).min
+            logits, transposed = logits.masked_fill(ignored, lowest), transposed.masked_fill(ignored.T, lowest)
         if positives is None:
-            target = torch.arange(len(logits), device=logits.device)
-            return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        share = positives.to(logits.dtype)
+            target = transposed_target = torch.arange(len(logits), device=logits.device)
+        else:
+            share = positives.to(logits.dtype)
+            target, transposed_target = share / share.sum(1, keepdim=True), (share / share.sum(0)).T
         return (
-            F.cross_entropy(logits, share / share.sum(1, keepdim=True))
-            + F.cross_entropy(logits.T, (share / share.sum(0)).T)
+            F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+            + F.cross_entropy(transposed, transposed_target, label_smoothing=label_smoothing)
         ) / 2
 
 

@@ -39,13 +39,14 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method("clip", "objective", "CLIP: symmetric InfoNCE", "Radford et al., ICML 2021", "2103.00020", "works"),
         Method("siglip", "objective", "SigLIP: pairwise sigmoid loss", "Zhai et al., ICCV 2023", "2303.15343", "works"),
-        Method("fdt", "objective", "FDT: finite discrete tokens", "Chen et al., CVPR 2023", "2303.14865"),
+        Method("fdt", "objective", "FDT: finite discrete tokens", "Chen et al., CVPR 2023", "2303.14865", "works"),
         Method(
             "rs_m_clip",
             "objective",
             "RS-M-CLIP: multilingual, remote sensing",
             "Silva et al., SIGSPATIAL 2024",
             "2410.23370",
+            "works",
         ),
         Method(
             "improved_baselines",
@@ -53,6 +54,7 @@ METHODS: Mapping[str, Method] = {
             "Improved baselines: SiamLIP, BYOLIP, BarLIP, SwALIP",
             "Fini et al., TMLR 2023",
             "2305.08675",
+            "works",
         ),
         Method(
             "scene_graph_3d", "objective", "3D scene-graph-guided pre-training", "Liu et al., arXiv 2024", "2411.18666"
@@ -85,6 +87,7 @@ METHODS: Mapping[str, Method] = {
             "ALIP: adaptive pre-training with synthetic captions",
             "Yang et al., ICCV 2023",
             "2308.08428",
+            "works",
         ),
         Method("ip_clip", "adapter", "IP-CLIP: prompt-based model protection", "Wang et al., CVPR 2025", "2503.02393"),
         Method("zscl", "objective", "ZSCL: zero-shot continual learning", "Zheng et al., ICCV 2023", "2303.06628"),
@@ -110,7 +113,7 @@ METHODS: Mapping[str, Method] = {
             "grounded_semantics", "objective", "Grounded semantics: VG-Bert", "Zhang et al., NeurIPS 2021", "2111.07180"
         ),
         Method("trident", "adapter", "Trident: training-free segmentation", "Shi et al., ICCV 2025", "2411.09219"),
-        Method("laclip", "objective", "LaCLIP: language rewrites", "Fan et al., NeurIPS 2023", "2305.20088"),
+        Method("laclip", "objective", "LaCLIP: language rewrites", "Fan et al., NeurIPS 2023", "2305.20088", "works"),
         Method(
             "machine_vision_therapy",
             "adapter",

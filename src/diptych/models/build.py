@@ -6,6 +6,8 @@ from torch import nn
 
 from diptych.data.tokenizer import TextPolicy, Tokenizer
 from diptych.data.transforms import ImagePolicy
+from diptych.errors import ConfigError
+from diptych.models.codebook import CodebookHeadConfig, codebook_heads
 from diptych.models.dual import DualEncoder, ScaleConfig
 from diptych.models.foreign import HFTextConfig, HFTextTower, TimmConfig, TimmTower
 from diptych.models.heads import ClassMixtureHead, ClassMixtureHeadConfig, LinearHead, LinearHeadConfig
@@ -19,8 +21,8 @@ class DualConfig:
 
     vision: VisionConfig | TimmConfig = field(default_factory=VisionConfig)
     text: TextConfig | HFTextConfig = field(default_factory=TextConfig)
-    image_head: LinearHeadConfig | ClassMixtureHeadConfig = field(default_factory=LinearHeadConfig)
-    text_head: LinearHeadConfig = field(default_factory=LinearHeadConfig)
+    image_head: LinearHeadConfig | ClassMixtureHeadConfig | CodebookHeadConfig = field(default_factory=LinearHeadConfig)
+    text_head: LinearHeadConfig | CodebookHeadConfig = field(default_factory=LinearHeadConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     image_policy: ImagePolicy = field(default_factory=ImagePolicy)
     text_policy: TextPolicy = field(default_factory=TextPolicy)
@@ -34,13 +36,22 @@ def build(config: DualConfig, tokenizer: Tokenizer) -> DualEncoder:
         tokenizer: Gives the vocabulary.
     """
     vision, text = _vision_tower(config.vision), _text_tower(config.text)
-    image_head: nn.Module = (
-        LinearHead(vision.width, config.image_head)
-        if isinstance(config.image_head, LinearHeadConfig)
-        else ClassMixtureHead(vision.width, config.image_head)
-    )
-    text_head = LinearHead(text.width, config.text_head)
-    return DualEncoder(config, vision, text, image_head, text_head, Tokenizer(tokenizer.engine, config.text_policy))
+    heads = _heads(config, vision.width, text.width)
+    return DualEncoder(config, vision, text, *heads, Tokenizer(tokenizer.engine, config.text_policy))
+
+
+def _heads(config: DualConfig, image_width: int, text_width: int) -> tuple[nn.Module, nn.Module]:
+    image, text = config.image_head, config.text_head
+    if isinstance(image, CodebookHeadConfig) and isinstance(text, CodebookHeadConfig):
+        return codebook_heads(image_width, image, text_width, text)
+    if isinstance(image, CodebookHeadConfig) or isinstance(text, CodebookHeadConfig):
+        raise ConfigError(
+            "Either both heads are codebook heads or none is: image_head is a "
+            f"{type(image).__name__}, text_head a {type(text).__name__}."
+        )
+    if isinstance(image, LinearHeadConfig):
+        return LinearHead(image_width, image), LinearHead(text_width, text)
+    return ClassMixtureHead(image_width, image), LinearHead(text_width, text)
 
 
 def _vision_tower(config: VisionConfig | TimmConfig) -> AbstractVisionTower:

@@ -13,15 +13,19 @@ from torch.nn import functional as F
 from diptych.config import fingerprint
 from diptych.data.tokenizer import Tokenizer
 from diptych.data.transforms import ImagePolicy
+from diptych.errors import ConfigError
 from diptych.models.text import AbstractTextTower
 from diptych.models.vision import AbstractVisionTower
-from diptych.types import Tokens
+from diptych.types import Tokens, TowerOutput
 
 if TYPE_CHECKING:
     from diptych.models.build import DualConfig
 
 TowerMode = Literal["frozen", "full", "lora"]
 """`frozen` trains nothing of a tower, `full` everything, `lora` low-rank updates of its attention (extra `hf`)."""
+
+Images = UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"] | TowerOutput
+"""One view of a batch: pixels, 0 to 255 or in [0, 1], or what a frozen image tower made of them before."""
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -96,19 +100,35 @@ class DualEncoder(nn.Module):
             )
         return digest.hexdigest()
 
-    def pixels(self, images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """Return normalised pixels from uint8 images, or from float images in [0, 1] (for gradients with respect to the input)."""
+    def pixels(self, images: Images) -> Float[Tensor, "b 3 h w"]:
+        """Return normalised pixels from uint8 images, or from float images in [0, 1] (for gradients with respect to the input).
+
+        Raises:
+            ConfigError: If all that is left of the images is what a tower made of them.
+        """
+        if isinstance(images, TowerOutput):
+            raise ConfigError(
+                "Pixels are needed, and the batch holds outputs of a frozen tower. Set data.cache.mode to off."
+            )
         if images.dtype == torch.uint8:
             images = images.float() / 255
         return (images - self.mean) / self.std  # type: ignore[operator]
 
-    def encode_image(self, images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    def image_output(self, images: Images) -> TowerOutput:
+        """Return what the image tower makes of images; a frozen one that was asked before is not asked again."""
+        return images if isinstance(images, TowerOutput) else self.vision(self.pixels(images))
+
+    def text_output(self, tokens: Tokens) -> TowerOutput:
+        """Return what the text tower makes of texts; a frozen one that was asked before is not asked again."""
+        return tokens.output or self.text(tokens.ids, tokens.mask)
+
+    def encode_image(self, images: Images) -> Float[Tensor, "b d"]:
         """Return image embeddings."""
-        return normalise(self.image_head(self.vision(self.pixels(images))))
+        return normalise(self.image_head(self.image_output(images)))
 
     def encode_text(self, tokens: Tokens) -> Float[Tensor, "b d"]:
         """Return text embeddings."""
-        return normalise(self.text_head(self.text(tokens.ids, tokens.mask)))
+        return normalise(self.text_head(self.text_output(tokens)))
 
 
 def normalise(x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:

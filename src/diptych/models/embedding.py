@@ -152,7 +152,7 @@ def embed_source(
         (row, text.text)
         for row, sample in enumerate(samples)
         for text in sample.texts
-        if (text.role == "caption" if language is None else _describes(text, language))
+        if (text.role == "caption" if language is None else describes(text, language))
     ]
     captions, owner = tuple(text for _, text in pairs), tuple(row for row, _ in pairs)
     with bar("embedding texts", len(captions)) as advance:
@@ -176,6 +176,11 @@ def folded(caption: str) -> str:
     return " ".join(caption.casefold().split())
 
 
+def describes(text: Text, language: str) -> bool:
+    """Return whether a text says in this language (ISO 639-1) what its image shows."""
+    return text.language == language and text.role in ("caption", "translation")
+
+
 def _embed_pixels(
     model: DualEncoder, pixels: Iterable[Tensor], batch_size: int, advance: Advance | None
 ) -> Float[Tensor, "n d"]:
@@ -196,10 +201,6 @@ def _pixels(model: DualEncoder, sample: Sample) -> UInt8[Tensor, "3 h w"]:
         return preprocess(decode(sample.image, background=model.image_policy.background), model.image_policy)
     except ImageError as error:
         raise ImageError(f"{sample.key!r}: {error}") from error
-
-
-def _describes(text: Text, language: str) -> bool:
-    return text.language == language and text.role in ("caption", "translation")
 
 
 def _no_progress(title: str, total: int) -> AbstractContextManager[Advance]:

@@ -1,6 +1,7 @@
 """Heads: from a tower's output record to an embedding, not yet normalised."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -67,3 +68,19 @@ class ClassMixtureHead(nn.Module):
         """Return mixture plus residual."""
         share = self.classifier(output.pooled).float().softmax(-1).to(output.pooled.dtype)
         return share @ self.names + self.residual(output.pooled)  # type: ignore[no-any-return]
+
+
+def normed_mlp(*widths: int, hidden_bias: bool = True, last_bias: bool = True) -> nn.Sequential:
+    """Return Linear, BatchNorm, ReLU for each hidden width, then a Linear; the projector of self-supervised methods.
+
+    Its batch statistics look at other samples, so in an objective it belongs into `loss`.
+
+    Args:
+        widths: Of the input, of each hidden layer, of the output.
+        hidden_bias: Whether the Linear layers in front of a norm have a bias.
+        last_bias: Whether the last one has.
+    """
+    layers: list[nn.Module] = []
+    for width, hidden in pairwise(widths[:-1]):
+        layers += [nn.Linear(width, hidden, bias=hidden_bias), nn.BatchNorm1d(hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=last_bias))

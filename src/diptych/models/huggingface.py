@@ -93,7 +93,8 @@ def family_of(config: DualConfig) -> str:
         CheckpointError: If the architecture is neither.
     """
     vision, text = config.vision, config.text
-    if isinstance(vision, VisionConfig) and isinstance(text, TextConfig):
+    linear = isinstance(config.image_head, LinearHeadConfig) and isinstance(config.text_head, LinearHeadConfig)
+    if linear and isinstance(vision, VisionConfig) and isinstance(text, TextConfig):
         clip_vision = vision.pool == "class" and vision.norm_before and not vision.patch_bias
         if clip_vision and text.causal and text.pool == "end":
             return "clip"
@@ -102,7 +103,7 @@ def family_of(config: DualConfig) -> str:
             return "siglip"
     raise CheckpointError(
         "Only models of the CLIP form (class token, norm before, causal text read at its end) or of the SigLIP form "
-        "(attention pooling, bidirectional text read at its last position) exist in other libraries; this one is neither."
+        "(attention pooling, bidirectional text read at its last position), with linear heads, exist in other libraries; this one is neither."
     )
 
 

@@ -83,6 +83,7 @@ def entries(config: DualConfig, *, timm: bool) -> Iterator[Entry]:
     """Yield where each tensor of open_clip goes; `timm` when its image tower is timm's, as for SigLIP."""
     vision, text = config.vision, config.text
     assert isinstance(vision, VisionConfig) and isinstance(text, TextConfig)
+    assert isinstance(config.text_head, LinearHeadConfig)
     yield Entry("logit_scale", ("log_scale",))
     if config.scale.bias is not None:
         yield Entry("logit_bias", ("bias",))

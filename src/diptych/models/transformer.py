@@ -1,6 +1,7 @@
 """The pre-norm transformer that both of our towers stand on. Query, key, value and output are separate Linear layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -100,15 +101,27 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width, epsilon)
         self.mlp = MLP(width, mlp_width, activation)
 
-    def forward(self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "b s w"]:
-        """Return the stream after this block."""
+    def forward(
+        self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "..."] | None = None, *, path_dropout: float = 0.0
+    ) -> Float[Tensor, "b s w"]:
+        """Return the stream after this block; each of its two updates is dropped with probability `path_dropout`."""
         normed = self.norm_attention(x)
-        x = x + self.attention(normed, normed, mask)
-        return x + self.mlp(self.norm_mlp(x))  # type: ignore[no-any-return]
+        x = x + drop_path(self.attention(normed, normed, mask), path_dropout)
+        return x + drop_path(self.mlp(self.norm_mlp(x)), path_dropout)
+
+
+def drop_path(update: Float[Tensor, "b s w"], rate: float) -> Float[Tensor, "b s w"]:
+    """Return an update that is 0 for a random share of the samples, and larger by 1 / (1 - rate) for the others.
+
+    Source: Huang et al. 2016, "Deep Networks with Stochastic Depth".
+    """
+    if rate == 0:
+        return update
+    return update * (torch.rand(len(update), 1, 1, device=update.device) >= rate).to(update.dtype) / (1 - rate)
 
 
 class Transformer(nn.Module):
-    """A stack of blocks."""
+    """A stack of blocks. What it drops in training is nothing, but while `dropping` is open."""
 
     def __init__(
         self, width: int, depth: int, heads: int, mlp_width: int, *, activation: Activation, epsilon: float
@@ -117,6 +130,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_width, activation=activation, epsilon=epsilon) for _ in range(depth)
         )
+        self.stream_dropout = self.path_dropout = 0.0
         self._initialise(width, depth)
 
     def _initialise(self, width: int, depth: int) -> None:
@@ -146,12 +160,36 @@ class Transformer(nn.Module):
         maps: dict[int, Tensor] = {}
         for depth, block in enumerate(self.blocks):
             assert isinstance(block, Block)
+            if self.training and self.stream_dropout > 0:
+                x = F.dropout(x, self.stream_dropout)
             if depth in attention:
                 maps[depth] = block.attention.probabilities(block.norm_attention(x), mask)
-            x = block(x, mask)
+            x = block(x, mask, path_dropout=self.path_dropout if self.training else 0.0)
             if depth in layers:
                 streams[depth] = x
         return x, tuple(streams[i] for i in layers), tuple(maps[i] for i in attention)
+
+
+@contextmanager
+def dropping(tower: nn.Module, *, stream: float = 0.0, path: float = 0.0) -> Iterator[None]:
+    """Regularise some forward passes and not others: while open, the `Transformer`s in a tower drop parts of their stream.
+
+    In training mode only; where nothing is dropped, no random number is drawn.
+
+    Args:
+        tower: Towers of other libraries have no `Transformer` and are left alone.
+        stream: Probability that an element of the residual stream is dropped, at the input of each block.
+        path: Probability that a sample loses the update of an attention or of an MLP.
+    """
+    transformers = [module for module in tower.modules() if isinstance(module, Transformer)]
+    before = [(transformer.stream_dropout, transformer.path_dropout) for transformer in transformers]
+    for transformer in transformers:
+        transformer.stream_dropout, transformer.path_dropout = stream, path
+    try:
+        yield
+    finally:
+        for transformer, rates in zip(transformers, before, strict=True):
+            transformer.stream_dropout, transformer.path_dropout = rates
 
 
 class AttentionPool(nn.Module):

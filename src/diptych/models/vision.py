@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diptych.errors import ConfigError
 from diptych.models.transformer import Activation, AttentionPool, Transformer
@@ -62,7 +63,10 @@ class VisionConfig:
 
 
 class VisionTransformer(AbstractVisionTower):
-    """ViT (Dosovitskiy et al. 2021) with the variations of `VisionConfig`."""
+    """ViT (Dosovitskiy et al. 2021) with the variations of `VisionConfig`.
+
+    Images of another size than its own are welcome, whole patches provided: position embeddings are then interpolated.
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -97,12 +101,17 @@ class VisionTransformer(AbstractVisionTower):
     def forward(
         self, pixels: Float[Tensor, "b 3 h w"], *, layers: Sequence[int] = (), attention: Sequence[int] = ()
     ) -> TowerOutput:
-        """Return pooled vector and patches; see `AbstractVisionTower`."""
+        """Return pooled vector and patches; see `AbstractVisionTower`.
+
+        Raises:
+            ConfigError: If the sides of the image are no multiples of the patch's.
+        """
+        grid = self._grid(pixels)
         # patches_bpw
         stream = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             stream = torch.cat([self.class_token.to(stream.dtype).expand(len(stream), 1, -1), stream], dim=1)
-        stream = self.norm_before(stream + self.position)
+        stream = self.norm_before(stream + self.positions(grid))
         stream, kept, maps = self.transformer(stream, layers=layers, attention=attention)
         # Patches come out before the last norm is applied by CLIP; CLIP norms the class token only, but dense uses want normed patches.
         stream = self.norm_after(stream)
@@ -112,4 +121,25 @@ class VisionTransformer(AbstractVisionTower):
             pooled, patches = self.attention_pool(stream), stream
         else:
             pooled, patches = stream.mean(dim=1), stream
-        return TowerOutput(pooled, patches, grid=(self.side, self.side), layers=kept, attention=maps)
+        return TowerOutput(pooled, patches, grid=grid, layers=kept, attention=maps)
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "s w"]:
+        """Return the position embeddings of a grid of (rows, columns): the learnt ones, or between them, bicubic and antialiased.
+
+        The class token keeps its own. Source: Dosovitskiy et al. 2021, section 3.2; Caron et al. 2021, for crops of two sizes.
+        """
+        if grid == (self.side, self.side):
+            return self.position
+        own = self.side**2
+        first, patches = self.position[:-own], self.position[-own:]
+        square = patches.T.unflatten(1, (self.side, self.side))[None].float()
+        resized = F.interpolate(square, grid, mode="bicubic", antialias=True)[0].flatten(1).T
+        return torch.cat([first, resized.to(first.dtype)])
+
+    def _grid(self, pixels: Tensor) -> tuple[int, int]:
+        (height, width), side = pixels.shape[-2:], self.config.patch_size
+        if height % side or width % side:
+            raise ConfigError(
+                f"An image of {width} x {height} pixels cannot be cut into patches of {side}. Choose sizes of views that {side} divides."
+            )
+        return height // side, width // side

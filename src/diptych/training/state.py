@@ -106,9 +106,7 @@ def _generator_states() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         own["cuda"] = torch.cuda.get_rng_state()
     everyone = distributed.gather_objects(own)
-    return {
-        f"generator.{kind}.{rank}": state for rank, states in enumerate(everyone) for kind, state in states.items()
-    }
+    return {f"generator.{kind}.{rank}": state for rank, states in enumerate(everyone) for kind, state in states.items()}
 
 
 def _zero_moments(parameter: Tensor) -> dict[str, Tensor]:

@@ -148,4 +148,3 @@ def _replay(states: tuple[Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
-
