@@ -120,8 +120,8 @@ def open_webdataset(folder: Path, workers: int, start: int) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
     transform = square()
-    photos = wds.WebDataset(str(folder / "photos.tar"), shardshuffle=False, workersplitter=lambda shards: shards)
-    photos = photos.repeat().compose(lambda samples: islice(samples, start // max(1, workers), None))
+    photos = wds.WebDataset(str(folder / "photos.tar"), shardshuffle=False, resampled=True)  # without end
+    photos = photos.compose(lambda samples: islice(samples, start // max(1, workers), None))
     photos = photos.shuffle(500).decode("pil").to_tuple("jpg").map_tuple(transform)
     return (images for (images,) in DataLoader(photos, BATCH, num_workers=workers))
 

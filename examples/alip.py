@@ -21,10 +21,10 @@ from diptych.training.prepare import make_model
 
 def main(out: Path = Path("runs/alip")) -> None:
     # Detailed captions, 40 % of them of other images, and coarse ones that are right: what a captioner would say.
-    source = ShuffledTexts(add_captions(drawn_scenes("train", 600), RegionCaptioner()), 0.4)
+    source = ShuffledTexts(add_captions(drawn_scenes("train", 400), RegionCaptioner()), 0.4)
     print(f"{source.texts(1)[0].text!r} came with the image, {source.texts(1)[1].text!r} is synthetic")
 
-    # Our small model of drawings, its towers as they are: what half a thousand scenes can pay for.
+    # Our small model of drawings, its towers as they are: what some hundred scenes can pay for.
     recipe = alip.recipe()
     recipe = replace(
         recipe,

@@ -44,7 +44,9 @@ def model(tmp_path_factory) -> Path:
     engine = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
     engine.pre_tokenizer = pre_tokenizers.Whitespace()
     engine.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special_tokens = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bos_token"), words, strict=False))
+    special_tokens = dict(
+        zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token", "bos_token"), words, strict=False)
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, **special_tokens)
     images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
     transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)

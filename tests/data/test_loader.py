@@ -15,6 +15,7 @@ from PIL import Image
 from diptych.data.images import decode
 from diptych.data.loader import Loader, LoaderConfig, Position, TextColumn, choose_workers
 from diptych.data.sources import AbstractSource, Listed
+from diptych.data.text_changes import TextChange
 from diptych.data.tokenizer import TextPolicy, Tokenizer, hash_strings
 from diptych.data.transforms import Augment, ImagePolicy, preprocess
 from diptych.errors import ConfigError, DataError, ImageError, TextError
@@ -180,6 +181,22 @@ def test_bad_samples_are_skipped_counted_and_change_no_other(source):
         assert word in said[index]
 
 
+def test_each_text_column_has_its_own_changes(source):
+    columns = (TextColumn(("caption",)), TextColumn(("caption",), change=TextChange(stop_word_rate=1.0)))
+    batch = next(iter(make(source, replace(CONFIG, texts=columns))))
+    captions = {sample.key: sample.texts[0].text for sample in source}
+    plain = [captions[key] for key in batch.keys]
+    assert torch.equal(batch.texts[0].key, hash_strings(plain))
+    assert torch.equal(batch.texts[1].key, hash_strings(text.removeprefix("a ") for text in plain))
+
+
+def test_a_language_without_the_words_that_a_change_needs_stops_even_a_lenient_run(source):
+    spoken = Listed([replace(s, texts=(Text("赤い 丸", "caption", "ja"),)) for s in source], "ja")
+    change = TextColumn(change=TextChange(stop_word_rate=0.1))
+    with pytest.raises(ConfigError, match="no stop words for the language 'ja'"):
+        next(iter(make(spoken, replace(CONFIG, texts=(change,)))))
+
+
 def test_a_text_of_punctuation_is_empty_where_punctuation_is_dropped(source):
     source.samples[2] = replace(source.samples[2], texts=(Text("?!"),))
     tokenizer = Tokenizer(TOKENIZER.engine, TextPolicy(length=16, clean="canonicalize"))
@@ -285,6 +302,12 @@ def test_scaled_decoding_is_for_random_crops_of_large_jpegs_only():
         return next(iter(make(listed, LoaderConfig(batch_size=1, views=views, decode=decode)))).images[0].float()
 
     exact, scaled = first("exact", crop), first("scaled", crop)
-    assert not torch.equal(exact, scaled) and (exact - scaled).abs().mean() < 12  # the same crop: another one differs by 30
-    for views in ((Augment(),), (crop, Augment()), (replace(crop, size=400),)):  # exact; exact because of the second; not large
+    assert (
+        not torch.equal(exact, scaled) and (exact - scaled).abs().mean() < 12
+    )  # the same crop: another one differs by 30
+    for views in (
+        (Augment(),),
+        (crop, Augment()),
+        (replace(crop, size=400),),
+    ):  # exact; exact because of the second; not large
         assert torch.equal(first("exact", *views), first("scaled", *views))

@@ -1,20 +1,27 @@
 import json
 import math
+import runpy
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from diptych.data.loader import Loader
+from diptych.claims.claim import Trial
+from diptych.claims.reproduce import check
+from diptych.data.loader import Loader, TextColumn
 from diptych.data.text_changes import TextChange
 from diptych.data.transforms import Augment, ImagePolicy
 from diptych.errors import ConfigError
 from diptych.losses.selfsup import sinkhorn
 from diptych.methods import clip
+from diptych.methods import improved_baselines as module
 from diptych.methods.improved_baselines import (
     WEIGHTS,
     BothSides,
@@ -25,6 +32,7 @@ from diptych.methods.improved_baselines import (
     SiamHeads,
     Views,
     bar_loss,
+    claim,
     mini,
     multi_view_data,
     multi_view_loss,
@@ -34,8 +42,11 @@ from diptych.methods.improved_baselines import (
 )
 from diptych.models.heads import normed_mlp
 from diptych.models.modes import set_mode, train_mode
+from diptych.training.loop import fit
 from diptych.training.optim import make_optimizer
-from diptych.types import Batch, map_tensors
+from diptych.training.recipe import Recipe
+from diptych.training.step import cached_gradients
+from diptych.types import Batch, concatenate, map_tensors
 
 EXTRAS = ("none", "siam", "byol", "bar", "swal", "prototypes")
 SMALL = Config(local_hidden=16, head_hidden=16, head_dim=8, num_prototypes=12)
@@ -293,6 +304,10 @@ def data(num_strong: int = 2, batch_size: int = 8):
     return multi_view_data(num_strong, strong=strong, batch_size=batch_size)
 
 
+RECIPE = replace(mini(), data=data(batch_size=4), save_every=3, log_every=1, evaluate_every=0, precision="fp32")
+"""Three steps per epoch on twelve samples."""
+
+
 def batch_of(objective: Objective, source, *, batch_size: int = 8, num_strong: int | None = None) -> Batch:
     model = objective.model
     count = objective.config.num_strong if num_strong is None else num_strong
@@ -497,3 +512,97 @@ def test_local_projectors_are_the_paper_s(make_model):
     assert objective.local.image[0].out_features == 4096 and objective.local.text[-1].out_features == 8
     assert objective.local_log_scale.exp().item() == pytest.approx(10)
     assert sum(p.numel() for p in normed_mlp(3, 5, 2, hidden_bias=False).parameters()) == 15 + 10 + 10 + 2
+
+
+@pytest.mark.parametrize("extra", ["byol", "prototypes", "swal"])
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(make_model, drawings, tmp_path, monkeypatch, extra):
+    config = with_extra(extra, frozen_steps=2)
+    recipe = replace(RECIPE, objective=config, epochs=2)
+
+    def run(name: str, *, dies_after: int | None = None, resume: bool = False) -> dict[str, Tensor]:
+        objective = Objective(make_model(), config)
+        after_step = objective.after_step
+
+        def watched(step: int) -> None:
+            after_step(step)
+            if step == dies_after:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(objective, "after_step", watched)
+        model = objective.model
+        loader = Loader(drawings(12), model.image_policy, model.tokenizer, recipe.data)
+        torch.manual_seed(1)
+        (tmp_path / name).mkdir(exist_ok=True)
+        fit(objective, loader, recipe, tmp_path / name, console=Console(quiet=True), resume=resume)
+        return objective.state_dict()
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", dies_after=4)  # a step after the checkpoint
+    parts = run("parts", resume=True)
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_cached_step_is_one_large_batch(make_model, drawings, extra):
+    found = []
+    for cached in (False, True):
+        objective = Objective(make_model(), with_extra(extra, frozen_steps=0, text_dropout=0.0))
+        train_mode(objective)
+        model = objective.model
+        loader = Loader(
+            drawings(12), model.image_policy, model.tokenizer, data(batch_size=4), repeat=3 if cached else None
+        )
+        if cached:
+            cached_gradients(objective, loader, 3, nullcontext())
+        else:
+            objective(concatenate(list(islice(loader, 3)))).total.backward()
+        found.append({name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
+        found[-1] |= {name: buffer for name, buffer in objective.named_buffers() if "running" in name}
+    assert found[0].keys() == found[1].keys()
+    largest = max(value.abs().max() for value in found[0].values())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5 * float(largest), msg=name)
+
+
+# Claim and example
+
+
+def test_the_claims_are_well_formed():
+    check(claim(), "improved_baselines")
+    for one in claim():
+        assert one.control.passed({"baseline": (0.1, 0.2), "method": (0.3, 0.4), "control": (0.15, 0.2)})
+        assert not one.control.passed({"baseline": (0.1, 0.2), "method": (0.3, 0.4), "control": (0.3, 0.35)})
+
+
+def test_arms_differ_in_what_they_say_only(monkeypatch, make_model, drawings):
+    seen: dict[str, Recipe] = {}
+
+    def trial(name: str) -> Trial:
+        def train(recipe, source):
+            seen[name] = recipe
+            return make_model(texts=[text.text for sample in source for text in sample.texts])
+
+        return Trial(0, "validation", {}, lambda slug: {"clip": clip, "improved_baselines": module}[slug].mini(), train)
+
+    monkeypatch.setattr(module, "_scenes", lambda trial: (drawings(6), drawings(6), 4))
+    for arm in module.claim()[0].arms:
+        assert 0 <= arm.run(trial(arm.name)) <= 1
+    method, basic = seen["CLIP with the recipe"], seen["basic CLIP"]
+    assert method == replace(mini(), epochs=4)
+    assert basic == replace(mini(), method="clip", objective=clip.Config(), data=basic.data, epochs=4)
+    assert basic.data.views == (module.WEAK,) and basic.data.texts == (TextColumn(),)
+    assert seen["basic CLIP, epochs x 3"] == replace(basic, epochs=12)
+    control = seen["recipe, strength 0"]
+    assert control == replace(method, data=control.data, objective=replace(method.objective, text_dropout=0.0))
+    assert control.data == replace(method.data, views=basic.data.views * 3, texts=basic.data.texts * 3)
+    siam = replace(method.objective, extra="siam")
+    assert seen["SiamLIP with the recipe"] == replace(method, objective=siam)
+    expected = replace(siam, num_strong=0, text_dropout=0.0)
+    assert seen["basic SiamLIP"] == replace(basic, method="improved_baselines", objective=expected)
+
+
+@pytest.mark.slow
+def test_example():
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "improved_baselines.py"), run_name="__main__")

@@ -111,12 +111,12 @@ def style(name: str, *, shots: int = 3, official: bool = False) -> FewShot:
 
 STYLES = {
     "reworded": (
-        ("A man walks his dog along the beach .", "A dog and its owner stroll beside the sea."),
-        ("Two kids are playing with a ball in the park", "A pair of children throw a ball around on the grass."),
+        ("A man walks his dog along the beach .", "A dog and a man stroll along the beach."),
+        ("Two kids are playing with a ball in the park", "In the park, two kids throw a ball around."),
         ("a woman in a red coat waits for the bus", "Wearing a red coat, a woman stands at the bus stop."),
         ("Three birds sitting on a wire .", "A wire with three birds perched on it."),
         ("The boy jumps into the swimming pool .", "A boy leaps into the water of a pool."),
-        ("a bowl of soup next to a piece of bread", "Bread lies beside a bowl filled with soup."),
+        ("a bowl of soup and a slice of bread", "A slice of bread lies beside a bowl filled with soup."),
         ("A black horse runs across the field .", "Across the field gallops a black horse."),
         ("People ride bicycles down a busy street", "A busy street is full of people on bicycles."),
     ),
@@ -125,12 +125,12 @@ STYLES = {
         ("Two brown dogs are running through the tall green grass .", "Two dogs run through tall grass."),
         ("A little girl with a yellow hat is eating an ice cream cone", "A girl in a hat eats ice cream."),
         ("a very large white boat sits in the harbor near other boats", "A white boat among others in a harbor."),
-        ("A group of people wearing jackets are hiking up a snowy mountain .", "Hikers climb a snowy mountain."),
+        ("Some people wearing warm jackets are hiking up a snowy mountain .", "People hike up a snowy mountain."),
         ("The guitar player is performing on a stage with bright lights .", "A guitar player on a bright stage."),
     ),
     "sentence": (
         ("red apple wooden table", "A red apple lies on a wooden table."),
-        ("kids, sand castle, beach day", "Children build a sand castle on a beach."),
+        ("kids, sand castle, beach", "Kids build a sand castle on a beach."),
         ("old clock tower at night", "An old clock tower can be seen at night."),
         ("vintage blue car parked street", "A vintage blue car is parked on a street."),
         ("cat asleep on sofa", "A cat is asleep on a sofa."),

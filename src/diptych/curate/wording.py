@@ -17,7 +17,7 @@ _JOINING = frozenset("and or while to off for".split())
 _FUNCTION = _BEFORE_NOUNS | frozenset(
     "is are was were be been being am has have had do does did will would can could may might must should he she it they them him we us i "
     "you who whom which what where when as than then there here not very too so but if because just also out away together front back "
-    "something someone somebody anything everything nothing before after each both all way left right top".split()
+    "something someone somebody anything everything nothing before after next each both all way left right top".split()
 )
 _VERBS = frozenset(
     "run jump walk sit stand play hold wear look ride eat swim climb throw catch swing slide lie sleep watch wait fly drive carry smile "

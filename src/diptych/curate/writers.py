@@ -67,7 +67,7 @@ FRAMES = (
     "a picture of {}",
     "{} can be seen here",
     "this shows {}",
-    "there is {} in the picture",
+    "in this picture: {}",
     "someone has drawn {}",
     "{}, nothing else",
 )

@@ -22,7 +22,7 @@ gradient (`gather_grad=False`) and BarLIP's gradient is divided by r (32 in the 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
@@ -32,7 +32,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diptych.claims.claim import Arm, Claim, Control, Part, Trial
+from diptych.claims.claim import Arm, Claim, Control, Trial
+from diptych.claims.measures import gains_less_than_half, mean_recall
 from diptych.config import override
 from diptych.data.loader import LoaderConfig, TextColumn
 from diptych.data.openmoji import openmoji
@@ -42,12 +43,10 @@ from diptych.data.text_changes import TextChange
 from diptych.data.tokenizer import TextPolicy
 from diptych.data.transforms import Augment
 from diptych.errors import ConfigError
-from diptych.evaluation.run import measure_retrieval
 from diptych.losses.contrastive import info_nce, shared_positives
 from diptych.losses.selfsup import cosine_regression, redundancy_reduction, sinkhorn, soft_cross_entropy
 from diptych.models.build import DualConfig
 from diptych.models.dual import MAX_LOG_SCALE, DualEncoder, normalise
-from diptych.models.embedding import embed_source
 from diptych.models.heads import normed_mlp
 from diptych.models.teacher import Teacher
 from diptych.models.transformer import Transformer, dropping
@@ -511,7 +510,7 @@ def claim() -> tuple[Claim, ...]:
         "non-contrastive terms add to a basic CLIP they do not add to it."
     )
     control = Control(
-        "As many views without augmentation and dropout gain less than half as much.", _gains_less_than_half
+        "As many views without augmentation and dropout gain less than half as much.", gains_less_than_half
     )
 
     def arms(data: Setting) -> tuple[Arm, ...]:
@@ -591,10 +590,4 @@ def _run(
     recipe = replace(recipe, objective=objective, data=views, epochs=longer * epochs)
     if not rocket and extra == "none":
         recipe = replace(recipe, method="clip", objective=trial.mini("clip").objective)
-    found = measure_retrieval(embed_source(trial.train(override(recipe, trial.changes), training), test))
-    return (found.image_to_text.recall[1].value + found.text_to_image.recall[1].value) / 2
-
-
-def _gains_less_than_half(numbers: Mapping[Part, Sequence[float]]) -> bool:
-    baseline, method, control = (sum(numbers[part]) for part in ("baseline", "method", "control"))
-    return 2 * (control - baseline) < method - baseline
+    return mean_recall(trial.train(override(recipe, trial.changes), training), test)
