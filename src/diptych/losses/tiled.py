@@ -1,11 +1,21 @@
-"""Contrastive losses that never hold a matrix of all pairs: exact, block by block, in O(n d) memory.
+"""Contrastive losses that never hold the n x n matrix: exact, block by block, in O(n d) memory.
 
-Both losses are a sum over all cells minus a sum over the positive ones. The second is linear in the logits, so it needs no cells:
-`Positives.sums` gives it in O(n d). The first goes through blocks of at most BLOCK x BLOCK cells.
+InfoNCE: the forward pass keeps the sum of each row and column, the backward pass computes every block again. Sigmoid: the gradient of a
+cell needs no other cell, so one pass gives loss and gradient.
+
+Cost, n pairs of d dimensions, forward and backward:
+
+|         | matrix products of 2 n^2 d | passes over n^2 cells             | memory beyond inputs and gradients |
+|---------|----------------------------|-----------------------------------|------------------------------------|
+| InfoNCE | 4; the dense loss 3        | about 10, in cache; dense in RAM  | 3 blocks; dense at least 6 n^2     |
+| sigmoid | 3; the dense loss 3        | about 16, in cache; dense in RAM  | 3 blocks + 2 n d; dense 6 n^2      |
+
+The fourth product is paid for by passes that stay in cache, by one power for row sum and column sum together, by powers of 2, and by
+one logarithm for 32 cells of the sigmoid loss. Figures: benchmarks/results/loss.md. Written for eager PyTorch on CPU and CUDA.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +28,19 @@ from torch.autograd.function import once_differentiable
 from diptych.losses.positives import Positives
 
 BLOCK = 1024
-"""Rows and columns of a block of logits: 4 MB in fp32, so that the few copies of it that live at a time stay in cache."""
+"""Rows and columns of a block: 4 MB in fp32, so that the two or three copies of it that live at a time stay in cache."""
 
 LOG2_E = 1 / math.log(2)
-"""Powers of 2 are several times as fast as powers of e, so exponents are logits in units of log 2."""
+"""Powers of 2 are several times as fast as powers of e: exponents are logits in units of log 2."""
 
 ROOM = 72.0
-"""The largest exponent after the shift: sums of 2^72 are as far from overflow as their reciprocals are from underflow, in fp32."""
+"""The largest exponent after the shift: far from overflow in fp32 (2^128) even when a million cells are summed."""
 
 LEAST = 2.0**-83
-"""A sum of at least this has lost nothing: the terms that underflow, below 2^-126, are a share of less than n 2^-43."""
+"""A sum of at least this has lost nothing: terms that underflow, below 2^-126, are a share of less than n 2^-43 of it."""
+
+CHAIN = 128
+"""Products added up by oneDNN before rounding errors are cut off: fewer errors than MKL makes, for a sixth more time than one chain."""
 
 Block = tuple[slice, slice]
 
@@ -47,84 +60,74 @@ def tiled_sigmoid_loss(
     positives: Positives | None,
 ) -> Float[Tensor, ""]:
     """Return `contrastive.sigmoid_loss` in O(n d) memory. All arguments have one type, fp32 or fp64; no second derivatives."""
-    train = torch.is_grad_enabled()  # always False inside a Function
+    train = torch.is_grad_enabled()  # inside a Function it never is
     return _Sigmoid.apply(image.contiguous(), text.contiguous(), scale, bias, positives, train)  # type: ignore[no-any-return]
 
 
 class _InfoNCE(torch.autograd.Function):
-    """(log-sum-exps of rows and columns - scale * sum over positives of (1/|P(i)| + 1/|P(j)|) image_i . text_j) / 2n."""
+    """(log-sum-exps of rows and columns - sum over positives of (1/|P(i)| + 1/|P(j)|) logit) / 2n."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, positives: Positives | None) -> Tensor:
+        share = image.new_ones(len(image)) if positives is None else 1 / positives.counts.to(image.dtype)
         with _no_autocast(image):
-            rows, columns = power_sums(image, text, scale * LOG2_E)
-            total = (rows.logs().sum() + columns.logs().sum()) / LOG2_E - scale * _dot(image, _shares(text, positives))
-        ctx.save_for_backward(image, text, scale, rows.shift, rows.sums, columns.shift, columns.sums)
+            rows, columns, matched = _power_sums(image, text, scale * LOG2_E, share, positives)
+            total = rows.logs().sum() + columns.logs().sum() - matched
+        ctx.save_for_backward(image, text, scale, share, rows.shift, rows.sums, columns.shift, columns.sums)
         ctx.positives = positives
-        return (total / (2 * len(image))).to(image.dtype)
+        return (total / (2 * len(image) * LOG2_E)).to(image.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, *sums = ctx.saved_tensors
+        image, text, scale, share, *sums = ctx.saved_tensors
         rows, columns = PowerSums(*sums[:2]), PowerSums(*sums[2:])
-        needs_image, needs_text, needs_scale, _ = ctx.needs_input_grad
         with _no_autocast(image):
-            gradients = _Gradients(
-                image,
-                text,
-                _shares(text, ctx.positives).neg_() if needs_image or needs_scale else None,
-                _shares(image, ctx.positives).neg_() if needs_text else None,
-            )
+            gradients = Gradients.zeros(image, text, ctx.needs_input_grad)
             for block in _blocks(image, text):
-                logits = _logits(image, text, scale * LOG2_E, block)
-                gradients.add(block, _probabilities(logits, rows, columns, block))
+                cells = _probabilities(_logits(image, text, scale * LOG2_E, block), rows, columns, block)
+                i, j = _positive_cells(ctx.positives, block, share)
+                cells[i, j] -= share[block[0]][i] + share[block[1]][j]
+                gradients.add(block, cells)
             return *gradients.finish(scale, gradient / (2 * len(image))), None
 
 
 class _Sigmoid(torch.autograd.Function):
-    """(sum over all cells of softplus(logit) - sum over positives of logit) / n.
-
-    The gradient of a cell needs no other cell, so the forward pass collects it as well when one is wanted.
-    """
+    """Sum over all cells of softplus(-z logit), divided by n; z = 1 for positives and -1 elsewhere."""
 
     @staticmethod
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, positives: Positives | None, train: bool
     ) -> Tensor:
-        needs_image, needs_text, needs_scale, needs_bias = (train and need for need in ctx.needs_input_grad[:4])
+        total, bias_gradient = image.new_zeros(2, dtype=torch.float64)
         with _no_autocast(image):
-            matched, pairs = _sums(text, positives), _number(positives, image)
-            total = -scale * _dot(image, matched) - bias * pairs
-            gradients = _Gradients(
-                image,
-                text,
-                matched.neg_() if needs_image or needs_scale else None,
-                _sums(image, positives).neg_() if needs_text else None,
-            )
-            bias_gradient = -pairs
+            gradients = Gradients.zeros(image, text, [train and need for need in ctx.needs_input_grad])
             for block in _blocks(image, text):
-                logits = _logits(image, text, scale, block).add_(bias)
-                total += _softplus_sum(logits)
+                cells = _logits(image, text, scale, block).add_(bias)
+                positive = _positive_cells(positives, block, image)
+                cells[positive] *= -1
+                total += _softplus_sum(cells)
                 if train:
-                    cells = logits.sigmoid_()
+                    cells.sigmoid_()
+                    cells[positive] *= -1
                     bias_gradient += cells.sum()
                     gradients.add(block, cells)
             if train:
-                n = total.new_tensor(len(image))
-                ctx.save_for_backward(*gradients.finish(scale, 1 / n), (bias_gradient / n).to(bias.dtype))
+                n = len(image)
+                ctx.save_for_backward(
+                    *gradients.finish(scale, total.new_tensor(1 / n)), (bias_gradient / n).to(bias.dtype)
+                )
         return (total / len(image)).to(image.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return *(gradient * part if need else None for part, need in needed), None, None
+        return *(None if part is None else gradient * part for part in ctx.saved_tensors), None, None
 
 
 @dataclass(frozen=True)
 class PowerSums:
-    """Sums of 2^exponent over each row, or each column, as sums * 2^shift.
+    """The sum of 2^exponent over each row, or over each column: sums * 2^shift.
 
     Attributes:
         shift: One for all, or one each.
@@ -135,75 +138,106 @@ class PowerSums:
     sums: Float[Tensor, " n"]
 
     def logs(self) -> Float[Tensor, " n"]:
-        """Return their logarithms to base 2, in fp64."""
+        """Return the logarithms to base 2, in fp64."""
         return self.shift + self.sums.double().log2()
 
 
-def power_sums(
-    image: Float[Tensor, "m d"], text: Float[Tensor, "n d"], scale: Float[Tensor, ""]
-) -> tuple[PowerSums, PowerSums]:
-    """Return the sums of 2^(scale * image @ text^T) over rows and over columns.
+def _power_sums(
+    image: Tensor, text: Tensor, scale: Tensor, share: Tensor, positives: Positives | None
+) -> tuple[PowerSums, PowerSums, Tensor]:
+    """Return the sums over rows and columns of 2^(scale * image @ text^T), and the exponents of the positives summed by their shares.
 
-    One power serves both, with one shift for all cells, chosen by the bound |scale| max |image_i| max |text_j| so that no cell can
-    overflow. If a row or a column lies so far below the bound that its sum may be lost, a second pass keeps a maximum for each.
+    One power serves both sums, with one shift for all cells: |scale| max |image_i| max |text_j| bounds the exponents, so none can overflow.
+    Only if a whole row or column lies so far below the bound that its sum may be lost, a second pass keeps a maximum for each.
     """
     shift = (scale.abs() * image.norm(dim=1).amax() * text.norm(dim=1).amax() - ROOM).clamp(min=0)
-    rows, columns = image.new_zeros(len(image)), image.new_zeros(len(text))
+    rows, columns = PowerSums(shift, image.new_zeros(len(image))), PowerSums(shift, text.new_zeros(len(text)))
+    matched = 2.0 * len(image) * shift.double()
     for block in _blocks(image, text):
-        powers = _logits(image, text, scale, block).sub_(shift).exp2_()
-        rows[block[0]] += powers.sum(1)
-        columns[block[1]] += powers.sum(0)
-    if bool(torch.minimum(rows.min(), columns.min()) >= LEAST):
-        return PowerSums(shift, rows), PowerSums(shift, columns)
-    return _power_sums_with_maxima(image, text, scale)
+        cells = _logits(image, text, scale, block).sub_(shift)
+        matched += _matched(cells, share, positives, block)
+        cells.exp2_()
+        rows.sums[block[0]] += cells.sum(1)
+        columns.sums[block[1]] += cells.sum(0)
+    if bool(torch.minimum(rows.sums.min(), columns.sums.min()) >= LEAST):
+        return rows, columns, matched
+    return _power_sums_with_maxima(image, text, scale, share, positives)
 
 
-def _power_sums_with_maxima(image: Tensor, text: Tensor, scale: Tensor) -> tuple[PowerSums, PowerSums]:
-    """Return the same for exponents of any size, with two powers per cell."""
-    sides = [PowerSums(x.new_full((len(x),), -math.inf), x.new_zeros(len(x))) for x in (image, text)]
+def _power_sums_with_maxima(
+    image: Tensor, text: Tensor, scale: Tensor, share: Tensor, positives: Positives | None
+) -> tuple[PowerSums, PowerSums, Tensor]:
+    """Return the same for exponents of any size, at the price of two powers per cell here and in the backward pass."""
+    rows, columns = (PowerSums(x.new_full((len(x),), -math.inf), x.new_zeros(len(x))) for x in (image, text))
+    matched = torch.zeros_like(scale, dtype=torch.float64)
     for block in _blocks(image, text):
-        exponents = _logits(image, text, scale, block)
-        for side, part, dim in zip(sides, block, (1, 0), strict=True):
+        cells = _logits(image, text, scale, block)
+        matched += _matched(cells, share, positives, block)
+        for side, part, dim in ((rows, block[0], 1), (columns, block[1], 0)):
             before, total = side.shift[part], side.sums[part]
-            after = torch.maximum(before, exponents.amax(dim))
-            powers = (exponents - after.unsqueeze(dim)).exp2_()
-            total.mul_((before - after).exp2_()).add_(powers.sum(dim))
+            after = torch.maximum(before, cells.amax(dim))
+            total.mul_((before - after).exp2_()).add_((cells - after.unsqueeze(dim)).exp2_().sum(dim))
             before.copy_(after)
-    return sides[0], sides[1]
+    return rows, columns, matched
+
+
+def _matched(cells: Tensor, share: Tensor, positives: Positives | None, block: Block) -> Tensor:
+    """Return the sum over the positives of a block of (1/|P(i)| + 1/|P(j)|) cell."""
+    i, j = _positive_cells(positives, block, share)
+    return (cells[i, j] * (share[block[0]][i] + share[block[1]][j])).double().sum()
 
 
 def _probabilities(exponents: Tensor, rows: PowerSums, columns: PowerSums, block: Block) -> Tensor:
-    """Return softmax over the row plus softmax over the column, cell by cell; overwrites the exponents."""
-    row_weight, column_weight = 1 / rows.sums[block[0], None], 1 / columns.sums[block[1]]
+    """Return softmax over the row plus softmax over the column of each cell; overwrites the exponents."""
+    row, column = 1 / rows.sums[block[0], None], 1 / columns.sums[block[1]]
     if rows.shift.ndim == 0:
-        return exponents.sub_(rows.shift).exp2_().mul_(row_weight + column_weight)
-    by_column = (exponents - columns.shift[block[1]]).exp2_().mul_(column_weight)
-    return exponents.sub_(rows.shift[block[0], None]).exp2_().mul_(row_weight).add_(by_column)
+        return exponents.sub_(rows.shift).exp2_().mul_(row + column)
+    by_column = (exponents - columns.shift[block[1]]).exp2_().mul_(column)
+    return exponents.sub_(rows.shift[block[0], None]).exp2_().mul_(row).add_(by_column)
 
 
 @dataclass(frozen=True)
-class _Gradients:
-    """Gradients of a loss that is a function of logits = scale * image @ text^T, summed up block by block; None where not needed."""
+class Gradients:
+    """What collects the gradient of a function of logits = scale * image @ text^T, block by block.
+
+    Attributes:
+        image: Embeddings.
+        text: Embeddings.
+        to_image: Gradient of the images divided by the scale, or None if neither they nor the scale need one.
+        to_text: The same for the texts.
+    """
 
     image: Tensor
     text: Tensor
     to_image: Tensor | None
     to_text: Tensor | None
 
+    @classmethod
+    def zeros(cls, image: Tensor, text: Tensor, needs: Sequence[bool]) -> "Gradients":
+        """Return zeros, given which of image, text and scale need a gradient."""
+        return cls(
+            image,
+            text,
+            torch.zeros_like(image) if needs[0] or needs[2] else None,
+            torch.zeros_like(text) if needs[1] else None,
+        )
+
     def add(self, block: Block, cells: Tensor) -> None:
-        """Add what a block adds, given the derivatives by its logits."""
-        rows, columns = block
+        """Add what one block gives, from the gradient of its logits."""
         if self.to_image is not None:
-            _add_product(self.to_image[rows], cells, self.text[columns])
+            _add_product(self.to_image[block[0]], cells, self.text[block[1]])
         if self.to_text is not None:
-            _add_product(self.to_text[columns], cells.T, self.image[rows])
+            _add_product(self.to_text[block[1]], cells.T, self.image[block[0]])
 
     def finish(self, scale: Tensor, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of image, text and scale, times a factor."""
-        to_scale = None if self.to_image is None else (_dot(self.to_image, self.image) * factor).to(scale.dtype)
-        whole = (scale * factor).to(scale.dtype)
-        to_image, to_text = (x if x is None else x.mul_(whole) for x in (self.to_image, self.to_text))
-        return to_image, to_text, to_scale
+        to_scale = None
+        if self.to_image is not None:
+            to_scale = ((self.to_image * self.image).sum(1).double().sum() * factor).to(scale.dtype)
+            self.to_image.mul_(scale * factor)
+        if self.to_text is not None:
+            self.to_text.mul_(scale * factor)
+        return self.to_image, self.to_text, to_scale
 
 
 def _blocks(image: Tensor, text: Tensor) -> Iterator[Block]:
@@ -216,66 +250,63 @@ def _logits(image: Tensor, text: Tensor, scale: Tensor, block: Block) -> Tensor:
     return _product(image[block[0]], text[block[1]]).mul_(scale)
 
 
+def _positive_cells(positives: Positives | None, block: Block, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row and column, counted from the start of the block, of its positives; the diagonal's without `positives`."""
+    if positives is not None:
+        return positives.cells(*block)
+    diagonal = torch.arange(len(like[block[0]]) if block[0] == block[1] else 0, device=like.device)
+    return diagonal, diagonal
+
+
 def _softplus_sum(x: Tensor) -> Tensor:
     """Return the sum of log(1 + e^x), in fp64.
 
-    log1p is slow, so most of the sum is made a product: (1 + a)(1 + b) = 1 + (a + b + ab), exact for small a and b and, of
-    a, b = e^-|x| <= 1 to begin with, at most 2^32 after five rounds.
+    Logarithms are slow, so most of the sum is taken as a product: (1 + a)(1 + b) = 1 + (a + b + ab) loses nothing of a small a or b, and
+    starting from e^-|x| <= 1 five rounds of it stay below 2^32.
     """
     total = x.clamp(min=0).sum().double()
     small = x.abs().mul_(-LOG2_E).exp2_().view(-1)
     for _ in range(5):
         half = len(small) // 2
         total += small[2 * half :].log1p().sum()
-        small = small[:half].addcmul_(small[:half], small[half : 2 * half]).add_(small[half : 2 * half])
+        first, second = small[:half], small[half : 2 * half]
+        small = first.addcmul_(first, second).add_(second)
     return total + small.log1p_().sum()
 
 
-def _sums(x: Tensor, positives: Positives | None) -> Tensor:
-    """Return the sum of x over the positives of each sample, a new tensor."""
-    return x.clone() if positives is None else positives.sums(x)
-
-
-def _shares(x: Tensor, positives: Positives | None) -> Tensor:
-    """Return sum_{j in P(i)} (1/|P(i)| + 1/|P(j)|) x_j, a new tensor; symmetric, so that it is its own gradient."""
-    if positives is None:
-        return 2 * x
-    share = (1 / positives.counts.to(x.dtype))[:, None]
-    return positives.sums(x).mul_(share).add_(positives.sums(x * share))
-
-
-def _number(positives: Positives | None, x: Tensor) -> Tensor:
-    """Return the number of positive cells, in fp64."""
-    return x.new_tensor(len(x), dtype=torch.float64) if positives is None else positives.counts.sum().double()
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a * b, in fp64."""
-    return (a * b).sum(1).double().sum()
-
-
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b^T."""
-    if _onednn_is_faster(a):
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")  # type: ignore[no-any-return]
-    return a @ b.T
+    """Return a @ b^T.
+
+    oneDNN adds up all d terms in one chain, and powers enlarge its rounding error, so it gets CHAIN terms at a time. Of the second matrix it
+    needs a copy: it takes a thousand times as long when the rows of that lie apart.
+    """
+    if not _onednn_is_faster(a):
+        return a @ b.T
+    total, *others = (_linear(x, y.contiguous()) for x, y in zip(a.split(CHAIN, 1), b.split(CHAIN, 1), strict=True))
+    for other in others:
+        total += other
+    return total
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to the total."""
     if _onednn_is_faster(a):
-        total += _product(a, b.T)
+        total += _linear(a, b.T)
     else:
         total.addmm_(a, b)
 
 
+def _linear(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")  # type: ignore[no-any-return]
+
+
 def _onednn_is_faster(x: Tensor) -> bool:
-    """Return whether to ask oneDNN: torch multiplies fp32 with MKL, which leaves AVX-512 alone on AMD processors and takes twice as long."""
+    """Return whether to ask oneDNN: torch multiplies fp32 with MKL, which does not use AVX-512 on AMD processors and takes twice as long."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
