@@ -39,6 +39,7 @@ PUBLIC = [
     "methods",
     "open_source",
     "reproduce",
+    "rewrite",
     "search",
     "train",
 ]

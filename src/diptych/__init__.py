@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diptych.commands import embed as embed
     from diptych.commands import evaluate as evaluate
     from diptych.commands import reproduce as reproduce
+    from diptych.commands import rewrite as rewrite
     from diptych.commands import search as search
     from diptych.commands import train as train
     from diptych.data.sources import AbstractSource as AbstractSource
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from diptych.verbs import AbstractObjective as AbstractObjective
 
 _HOME = {
-    "diptych.commands": ("convert", "demo", "doctor", "embed", "evaluate", "reproduce", "search", "train"),
+    "diptych.commands": ("convert", "demo", "doctor", "embed", "evaluate", "reproduce", "rewrite", "search", "train"),
     "diptych.data.sources": ("AbstractSource", "Columns", "open_source"),
     "diptych.errors": ("DiptychError",),
     "diptych.evaluation.run": ("compare", "evaluate_model"),

@@ -16,6 +16,7 @@ COMMANDS = {
     "embed": "embed images into a folder: diptych embed ./photos --model mini --out index",
     "search": "find images by words or by a picture: diptych search index --text 'a red cat'",
     "doctor": "look for trouble before training: diptych doctor ./photos",
+    "rewrite": "rewrite captions with a language model: diptych rewrite ./photos --out rewritten.parquet",
     "convert": "write a model for open_clip or transformers: diptych convert runs/demo --out clip --to hf",
     "methods": "list all methods and their state",
     "reproduce": "run a paper's claim against a baseline and a control: diptych reproduce SLUG",

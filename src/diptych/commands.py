@@ -21,11 +21,14 @@ from diptych.claims.ledger import Result, update_readme, write_results
 from diptych.claims.plot import plot_results
 from diptych.claims.reproduce import reproduce_method
 from diptych.config import fingerprint, override, to_json
+from diptych.curate.language_model import LanguageModelConfig
+from diptych.curate.rewrite import RewriteConfig, rewrite_source
 from diptych.data.bundles import BUNDLES
 from diptych.data.loader import Loader
 from diptych.data.openmoji import glyphs
 from diptych.data.sources import AbstractSource, Columns, describe, open_source
 from diptych.errors import CheckpointError, ConfigError, DataError, DiptychError, ImageError, MissingExtraError
+from diptych.evaluation.languages import evaluate_languages
 from diptych.evaluation.run import Evaluation, Task, compare, evaluate_model
 from diptych.files import atomic_file
 from diptych.methods import METHODS, clip, load_method
@@ -197,6 +200,7 @@ def evaluate(
     tasks: tuple[Task, ...] | None = None,
     prompts: str | None = None,
     language: str | None = None,
+    languages: tuple[str, ...] = (),
     probe_on: str | None = None,
     columns: Columns = Columns(),
     json_out: Annotated[str | None, arg(name="json")] = None,
@@ -213,6 +217,7 @@ def evaluate(
         tasks: What to measure; whatever the samples allow when absent.
         prompts: Prompt file for zero-shot (photo, overhead, style, name); chosen by the data set when absent.
         language: Measure retrieval with texts of this language (ISO 639-1) instead of the captions.
+        languages: Also print retrieval in each of these languages, `all` for all that the samples have.
         probe_on: Training samples for a linear probe and nearest neighbours on frozen image embeddings.
         columns: What the columns of a table mean.
         json_out: File to write the numbers to as JSON; `-`, or no file, for the output.
@@ -249,6 +254,13 @@ def evaluate(
         for name, value in differences.items():
             verdict = "differs" if value.low > 0 or value.high < 0 else "no difference shown"
             _say(f"  {name:32} {value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]  {verdict}")
+    if languages:
+        table = evaluate_languages(
+            load(model, offline=offline), samples, None if languages == ("all",) else languages, seed=seed
+        )
+        record["languages"] = table.to_json()
+        for line in table.lines():
+            _say(line)
     if json_out == "-":
         print(json.dumps(record, indent=2))
     elif json_out is not None:
@@ -423,6 +435,39 @@ def reproduce(
             f"Could not be run: {', '.join(failures)}. Each says why above; the results of others are in {out}."
         )
     return tuple(results)
+
+
+def rewrite(
+    source: Positional[str],
+    *,
+    out: Path,
+    rewriting: RewriteConfig = RewriteConfig(),
+    model: LanguageModelConfig = LanguageModelConfig(),
+    rules: bool = False,
+    limit: int | None = None,
+    columns: Columns = Columns(),
+    offline: bool = False,
+) -> Path:
+    """Rewrite captions with a language model, each with a reason why it was kept or not; the same command goes on where it was stopped.
+
+    Args:
+        source: Samples with captions.
+        out: A .parquet or .jsonl file, with the columns of the source and the columns `rewrite` and `reason`.
+        rewriting: What is rewritten, and how.
+        model: Language model; SmolLM2-135M-Instruct from its pip package (extra `llm`) unless said otherwise.
+        rules: Rewrite by rules instead, without a language model; styles are then `framed`, `reordered` and `both`.
+        limit: Only the first rows.
+        columns: What the columns of a table mean.
+        offline: Never touch the network.
+    """
+    samples = open_source(source, columns=columns)
+    with _progress("rewriting captions", 0) as advance:
+        table = rewrite_source(
+            samples, out, config=rewriting, model=None if rules else model, limit=limit, offline=offline, advance=advance
+        )
+    kept = sum(len(texts or ()) for texts in table["rewrite"].to_pylist())
+    _say(f"{kept:,} rewrites of {table.num_rows:,} rows are in {out}. Train with them: diptych train {out} --method laclip")
+    return out
 
 
 def read_recipe(record: Mapping[str, Any]) -> Recipe[Any]:
