@@ -20,6 +20,15 @@ modules = {module.name for module in iter_modules(package.submodule_search_locat
 install_import_hook([f"diptych.{name}" for name in sorted(modules)], CHECK)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def features_stay_here(tmp_path_factory):
+    """Keep what training computes once out of the user's cache."""
+    folder = tmp_path_factory.mktemp("features")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diptych.files.feature_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture
 def data() -> Path:
     """Return the folder of data bundles."""

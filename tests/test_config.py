@@ -137,7 +137,9 @@ def test_override_changes_one_kind_into_another():
     assert override(base, {"vision": {"kind": "VisionConfig", "depth": 2}}).vision == VisionConfig(width=64, depth=2)
     changed = override(base, {"vision": {"kind": "TimmConfig", "name": "resnet18"}})
     assert changed.vision == TimmConfig("resnet18")
-    with pytest.raises(ConfigError, match=r"DualConfig.text_head needs a `kind`; it has 'ClassMixtureHeadConfig'.*LinearHeadConfig"):
+    with pytest.raises(
+        ConfigError, match=r"DualConfig.text_head needs a `kind`; it has 'ClassMixtureHeadConfig'.*LinearHeadConfig"
+    ):
         override(base, {"text_head": {"kind": "ClassMixtureHeadConfig", "dim": 8}})
 
 

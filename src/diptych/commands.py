@@ -463,10 +463,18 @@ def rewrite(
     samples = open_source(source, columns=columns)
     with _progress("rewriting captions", 0) as advance:
         table = rewrite_source(
-            samples, out, config=rewriting, model=None if rules else model, limit=limit, offline=offline, advance=advance
+            samples,
+            out,
+            config=rewriting,
+            model=None if rules else model,
+            limit=limit,
+            offline=offline,
+            advance=advance,
         )
     kept = sum(len(texts or ()) for texts in table["rewrite"].to_pylist())
-    _say(f"{kept:,} rewrites of {table.num_rows:,} rows are in {out}. Train with them: diptych train {out} --method laclip")
+    _say(
+        f"{kept:,} rewrites of {table.num_rows:,} rows are in {out}. Train with them: diptych train {out} --method laclip"
+    )
     return out
 
 

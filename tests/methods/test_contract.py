@@ -201,7 +201,9 @@ def test_the_loss_is_at_chance_when_logits_say_nothing(slug, objective, batch):
             objective.model.bias.fill_(0.0)
         encoded = map_tensors(
             lambda t: (
-                normalize(torch.randn(t.shape, generator=generator), dim=-1) if t.is_floating_point() and t.ndim > 1 else t
+                normalize(torch.randn(t.shape, generator=generator), dim=-1)
+                if t.is_floating_point() and t.ndim > 1
+                else t
             ),
             objective.encode(batch),
         )

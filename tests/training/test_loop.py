@@ -448,8 +448,10 @@ def test_strict_stops_at_the_first_bad_sample(run, drawings):
 
 def test_the_console_tells_steps_precision_and_evaluations(run):
     console = Console(file=io.StringIO(), width=200)
-    run(replace(RECIPE, accumulate=3, log_every=2), console=console, evaluate=lambda model: {"top1": 0.25})
+    recipe = replace(RECIPE, accumulate=3, log_every=2, data=replace(DATA, workers=0))
+    run(recipe, console=console, evaluate=lambda model: {"top1": 0.25})
     lines = console.file.getvalue().splitlines()
+    assert lines.pop(1) == "Workers: 0, as asked."
     assert lines[0] == "Training 2 steps of 12 on cpu. Precision: fp32, as asked."
     assert re.fullmatch(r"A large matrix product reaches [\d,]+ GFLOP/s here with \d+ threads\.", lines[1])
     assert re.fullmatch(r"step 2/2  epoch 2  loss \d\.\d{3}  \d+ samples/s  data .* s  compute .* s", lines[3])

@@ -88,14 +88,14 @@ class LocalModel(AbstractLanguageModel):
         transformers.utils.logging.disable_progress_bar()
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, **options)
+            if device == "cpu":
+                options["dtype"] = torch.float32  # half precision is slow there, or missing
             self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
         except (OSError, ValueError) as error:
             if offline and not on_disk:
                 raise OfflineError(f"{path} is no folder, and not in the cache: {error}") from error
             raise CheckpointError(f"{config.model} is no causal language model of transformers: {error}") from error
         self.model = self.model.eval().to(device)
-        if device == "cpu":
-            self.model = self.model.float()  # half precision is slow there, or missing
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

@@ -160,7 +160,7 @@ def rewrite_source(
     out: Path,
     *,
     config: RewriteConfig = RewriteConfig(),
-    model: LanguageModelConfig | None = LanguageModelConfig(),  # noqa: B008 (frozen)
+    model: LanguageModelConfig | None = LanguageModelConfig(),
     limit: int | None = None,
     offline: bool = False,
     device: str = "cpu",

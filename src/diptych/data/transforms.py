@@ -77,7 +77,9 @@ class Augment:
     @property
     def random(self) -> bool:
         """Return whether two views of one image may differ."""
-        return self.crop_scale != (1.0, 1.0) or any((self.flip_rate, self.jitter, self.hue, self.gray_rate, self.blur_rate))
+        return self.crop_scale != (1.0, 1.0) or any(
+            (self.flip_rate, self.jitter, self.hue, self.gray_rate, self.blur_rate)
+        )
 
 
 def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size size"]:

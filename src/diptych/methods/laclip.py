@@ -167,7 +167,7 @@ def _on_scenes(
     rewritten: bool = True,
     shuffled: bool = False,
     copies: bool = False,
-    change: TextChange = TextChange(),  # noqa: B008 (frozen)
+    change: TextChange = TextChange(),
 ) -> float:
     source: AbstractSource = drawn_scenes("train", 2000)
     if rewritten:
