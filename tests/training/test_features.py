@@ -103,7 +103,7 @@ def stores(folder) -> set[str]:
 
 @pytest.mark.parametrize("kind", [clip.Objective, Tokenwise])
 def test_training_with_the_cache_is_training_without_it(make, tmp_path, kind):
-    """To 1e-6 relative: batches of another size may round differently in the last bit."""
+    """To 1e-5 relative after 12 steps, or 1e-6: batches of another size may round differently in the last bit."""
     objective, loader = make(kind)
     whole = train(*make(kind, data=replace(DATA, cache=OFF)), RECIPE, tmp_path / "off")
     found = train(objective, loader, RECIPE, tmp_path / "on")

@@ -34,7 +34,7 @@ def processes(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=60))
     try:
         yield
     except RuntimeError as error:
@@ -74,11 +74,11 @@ def gather(record: R) -> R:
 
 
 def gather_batch(batch: Batch) -> Batch:
-    """Return a batch with the samples of all processes, without images."""
+    """Return a batch with the samples of all processes."""
     if part()[1] == 1:
         return batch
     keys = gather_objects(batch.keys)
-    return replace(gather(replace(batch, images=())), keys=tuple(key for some in keys for key in some))
+    return replace(gather(batch), keys=tuple(key for some in keys for key in some))
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -77,7 +77,7 @@ def cached_gradients(
         for batch in islice(source, count):
             states.append(_generators(device))
             with autocast:
-                chunks.append((objective.encode(batch), replace(batch, images=())))
+                chunks.append((objective.encode(batch), _light(batch)))
         for buffer, before in zip(objective.buffers(), buffers, strict=True):
             buffer.copy_(before)  # running statistics move once, in the second pass
     encoded = map_tensors(_leaf, concatenate([chunk for chunk, _ in chunks]))
@@ -112,7 +112,7 @@ def clip_gradients(module: nn.Module, norm: float | None) -> float:
 
 def _loss(objective: AbstractObjective[Encoded], encoded: Encoded, batch: Batch) -> Losses:
     """Return the loss over the samples of all processes, if it is finite."""
-    everything = distributed.gather_batch(replace(batch, images=()))
+    everything = distributed.gather_batch(_light(batch))
     losses = objective.loss(distributed.gather(encoded), everything)
     if not torch.isfinite(losses.total):
         parts = ", ".join(f"{name} = {value.item():g}" for name, value in losses.parts.items())
@@ -121,6 +121,11 @@ def _loss(objective: AbstractObjective[Encoded], encoded: Encoded, batch: Batch)
             "Lower optimizer.lr, or look for broken images or texts with `diptych doctor`."
         )
     return losses
+
+
+def _light(batch: Batch) -> Batch:
+    """Return a batch without what only `encode` needs: pixels, and outputs of frozen towers."""
+    return replace(batch, images=(), texts=tuple(replace(tokens, output=None) for tokens in batch.texts))
 
 
 def _leaf(tensor: Tensor) -> Tensor:
