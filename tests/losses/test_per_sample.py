@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from diptych.losses.contrastive import info_nce
 from diptych.losses.per_sample import info_nce_per_sample
+from diptych.losses.positives import Positives
 
 
 def embeddings(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,6 +30,12 @@ def test_the_mean_is_info_nce(group):
     image, text = embeddings()
     ids = torch.tensor(group)
     positives = ids[:, None] == ids if len(set(group)) < 6 else None
+    if positives is not None:
+        listed = Positives(ids, torch.arange(6))
+        assert torch.equal(
+            info_nce_per_sample(image, text, 7.0, positives=listed),
+            info_nce_per_sample(image, text, 7.0, positives=positives),
+        )
     found = info_nce_per_sample(image, text, 7.0, positives=positives).mean()
     torch.testing.assert_close(found, info_nce(image, text, 7.0, positives=positives), rtol=1e-12, atol=0)
 

@@ -114,7 +114,7 @@ def test_the_official_loss_alone(golden):
     assert_allclose(text.grad, numbers["grad_text"], rtol=1e-9, atol=1e-12)
 
 
-def test_switched_off_it_is_clip_to_the_bit(make_model, drawings):
+def test_switched_off_it_is_clip(make_model, drawings):
     model, source = make_model(), with_captions(drawings(8))
     one_text = LoaderConfig(batch_size=8, texts=TEXTS[:1])
     batch = next(iter(Loader(source, model.image_policy, model.tokenizer, one_text)))

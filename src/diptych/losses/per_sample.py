@@ -5,23 +5,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from diptych.losses.positives import Positives
+
 
 def info_nce_per_sample(
     image: Float[Tensor, "n d"],
     text: Float[Tensor, "n d"],
     scale: Float[Tensor, ""] | float,
     *,
-    positives: Bool[Tensor, "n n"] | None = None,
+    positives: Positives | Bool[Tensor, "n n"] | None = None,
 ) -> Float[Tensor, " n"]:
     """Return what each pair adds to the symmetric InfoNCE loss; the mean is `contrastive.info_nce`.
 
-    l_i = (CE(S_i) + CE(S^T_i)) / 2 with S = scale * image @ text^T; computed in fp32 whatever the autocast.
+    l_i = (CE(S_i) + CE(S^T_i)) / 2 with S = scale * image @ text^T; computed in fp32 whatever the autocast. The n x n matrix is held whole.
 
     Args:
         image: Normalised embeddings.
         text: Normalised embeddings.
         scale: 1 / temperature, > 0.
-        positives: True where image row and text column belong together; the diagonal when absent.
+        positives: Which image rows and text columns belong together; the diagonal when absent. As a matrix: True where they do.
 
     Returns:
         One value per pair; log n at chance.
@@ -31,6 +33,8 @@ def info_nce_per_sample(
     with torch.autocast(image.device.type, enabled=False):
         precise = torch.float64 if image.dtype == torch.float64 else torch.float32
         logits = scale * image.to(precise) @ text.to(precise).T
+        if isinstance(positives, Positives):
+            positives = positives.matrix()
         if positives is None:
             target = transposed = torch.arange(len(logits), device=logits.device)
         else:

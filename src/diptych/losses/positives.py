@@ -25,12 +25,10 @@ class Positives:
     @cached_property
     def counts(self) -> Int64[Tensor, " n"]:
         """Return the number of positives of each sample, itself included; the relation is symmetric, so of a row as of a column."""
-        by_group = self.group.unique(return_inverse=True)[1]
-        by_key = self.text_key.unique(return_inverse=True)[1]
-        by_both = by_group * len(by_key) + by_key  # one number per pair
-        sizes = [labels.unique(return_inverse=True, return_counts=True)[1:] for labels in (by_group, by_key, by_both)]
-        in_group, in_key, in_both = (size[label] for label, size in sizes)
-        return in_group + in_key - in_both
+        group = self.group.unique(return_inverse=True)[1]
+        key = self.text_key.unique(return_inverse=True)[1]
+        both = group * len(key) + key  # one number per pair
+        return _sizes(group) + _sizes(key) - _sizes(both)
 
     def matrix(self) -> Bool[Tensor, "n n"]:
         """Return True where image row and text column are positives."""
@@ -48,3 +46,9 @@ class Positives:
         same_key = self.text_key[rows][i, None] == self.text_key[columns][j]
         row, column = (same_group | same_key).nonzero(as_tuple=True)
         return i[row], j[column]
+
+
+def _sizes(labels: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """Return how often the label of each sample occurs."""
+    inverse = labels.unique(return_inverse=True)[1]
+    return torch.bincount(inverse)[inverse]

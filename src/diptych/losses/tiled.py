@@ -99,7 +99,7 @@ class _Sigmoid(torch.autograd.Function):
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, positives: Positives | None, train: bool
     ) -> Tensor:
-        total, bias_gradient = image.new_zeros(2, dtype=torch.float64)
+        total, to_bias = (image.new_zeros((), dtype=torch.float64) for _ in range(2))
         with _no_autocast(image):
             gradients = Gradients.zeros(image, text, [train and need for need in ctx.needs_input_grad])
             for block in _blocks(image, text):
@@ -110,13 +110,11 @@ class _Sigmoid(torch.autograd.Function):
                 if train:
                     cells.sigmoid_()
                     cells[positive] *= -1
-                    bias_gradient += cells.sum()
+                    to_bias += cells.sum()
                     gradients.add(block, cells)
             if train:
-                n = len(image)
-                ctx.save_for_backward(
-                    *gradients.finish(scale, total.new_tensor(1 / n)), (bias_gradient / n).to(bias.dtype)
-                )
+                share = total.new_tensor(1 / len(image))
+                ctx.save_for_backward(*gradients.finish(scale, share), (to_bias * share).to(bias.dtype))
         return (total / len(image)).to(image.dtype)
 
     @staticmethod

@@ -44,6 +44,7 @@ from diptych.data.tokenizer import TextPolicy
 from diptych.data.transforms import Augment
 from diptych.errors import ConfigError
 from diptych.losses.contrastive import info_nce, shared_positives
+from diptych.losses.positives import Positives
 from diptych.losses.selfsup import cosine_regression, redundancy_reduction, sinkhorn, soft_cross_entropy
 from diptych.models.build import DualConfig
 from diptych.models.dual import MAX_LOG_SCALE, DualEncoder, normalise
@@ -226,7 +227,7 @@ def multi_view_loss(
     reduction: Literal["avg", "sum"] = "avg",
     label_smoothing: float = 0.1,
     gather_grad: bool = True,
-    positives: Sequence[Bool[Tensor, "n n"] | None] | None = None,
+    positives: Sequence[Positives | Bool[Tensor, "n n"] | None] | None = None,
 ) -> Losses:
     """Return L_clip = (InfoNCE(z) + A L_loc) / (1 + A), times 2 for `sum`; log n at chance.
 

@@ -34,6 +34,7 @@ from diptych.data.texts import ShuffledTexts, WithTexts
 from diptych.data.tokenizer import TextPolicy
 from diptych.data.transforms import Augment
 from diptych.losses.contrastive import info_nce, shared_positives
+from diptych.losses.positives import Positives
 from diptych.models.build import DualConfig
 from diptych.models.dual import DualEncoder
 from diptych.models.vision import VisionConfig
@@ -82,7 +83,7 @@ class Objective(AbstractObjective[PairEmbeddings]):
         contrastive = torch.stack(losses).mean()
         return Losses(contrastive, {"contrastive": contrastive})
 
-    def _positives(self, batch: Batch, key: Tensor) -> Tensor | None:
+    def _positives(self, batch: Batch, key: Tensor) -> Positives | None:
         return shared_positives(batch.group, key) if self.config.multi_positive else None
 
 

@@ -213,7 +213,7 @@ class Objective(AbstractObjective[ViewEmbeddings]):
         same = shared_positives(batch.group, batch.texts[0].key) if self.config.duplicates != "none" else None
         ignored = None
         if same is not None and self.config.duplicates == "mask":
-            ignored, same = same.fill_diagonal_(False), None
+            ignored, same = same.matrix().fill_diagonal_(False), None
         per_view = [
             info_nce(image, encoded.text, self.model.scale, positives=same, ignored=ignored) for image in encoded.images
         ]
