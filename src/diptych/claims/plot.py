@@ -52,7 +52,7 @@ def _draw_difference(axis: Any, result: Result) -> None:
     axis.axvline(0, color="black", linewidth=1, linestyle="--")
     axis.set_yticks([])
     axis.set_ylim(0.9, -0.9)
-    axis.set_xlabel(f"{result.names['method']} minus {result.names['baseline']}, seed by seed")
+    axis.set_xlabel("method minus baseline, seed by seed")
     axis.set_title(f"paired over {len(result.seeds)} seeds, 95 % interval", loc="left")
     _tidy(axis)
 
