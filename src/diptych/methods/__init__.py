@@ -113,7 +113,9 @@ METHODS: Mapping[str, Method] = {
             "grounded_semantics", "objective", "Grounded semantics: VG-Bert", "Zhang et al., NeurIPS 2021", "2111.07180"
         ),
         Method("trident", "adapter", "Trident: training-free segmentation", "Shi et al., ICCV 2025", "2411.09219"),
-        Method("laclip", "objective", "LaCLIP: language rewrites", "Fan et al., NeurIPS 2023", "2305.20088", "works"),
+        Method(
+            "laclip", "objective", "LaCLIP: language rewrites", "Fan et al., NeurIPS 2023", "2305.20088", "reproduced"
+        ),
         Method(
             "machine_vision_therapy",
             "adapter",
