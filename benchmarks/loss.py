@@ -10,9 +10,7 @@ the inputs included. Sizes above --dense are not tried in the plain form. Writes
 
 import argparse
 import json
-import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -85,9 +83,15 @@ def memory(name: str, n: int, d: int, form: Form) -> float:
     """Return the megabytes that one step takes beyond its inputs; only right in a fresh process."""
     make_step(name, 1024, d)(form)
     step = make_step(name, n, d)
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = resident("VmRSS")
     step(form)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - resident / 2**20
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> float:
+    """Return megabytes in memory, now (VmRSS) or at most so far (VmHWM); ru_maxrss would start at the size of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
 
 def memory_in_child(name: str, n: int, d: int, form: Form) -> float:

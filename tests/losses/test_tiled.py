@@ -1,168 +1,336 @@
-"""The tiled losses are the plain ones: values and gradients, whatever the size, the block, the positives, the scale."""
-
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from diptych.errors import TrainingError
 from diptych.losses import contrastive, tiled
-from diptych.losses.contrastive import info_nce, shared_positives, sigmoid_loss
+from diptych.losses.contrastive import TILED_FROM, info_nce, sigmoid_loss
 from diptych.losses.positives import Positives
 from diptych.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 
-SCALE, BIAS = 14.3, -9.0
+LOSSES = ("info_nce", "sigmoid")
 
 
-def embeddings(n: int, d: int = 16, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    image, text = (normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2))
-    return image.to(dtype), text.to(dtype)
+    return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
 
 
-def some_positives(n: int, kinds: int, seed: int = 1) -> Positives | None:
+def some_positives(n: int, seed: int = 0) -> Positives:
+    """Return groups and texts that overlap without being nested."""
     generator = torch.Generator().manual_seed(seed)
-    group, key = (torch.randint(kinds, (n,), generator=generator) for _ in range(2))
-    return shared_positives(group, key)
+    group, key = (torch.randint(0, max(1, int(0.7 * n)), (n,), generator=generator) for _ in range(2))
+    return Positives(group * 1_000_003 - 7, key - 3)
 
 
-def run(loss, image: Tensor, text: Tensor, *numbers: float, positives=None) -> list[Tensor]:
-    """Return the loss and its gradients with respect to everything."""
-    inputs = [image.clone().requires_grad_(), text.clone().requires_grad_()]
-    inputs += [torch.tensor(number, dtype=image.dtype, requires_grad=True) for number in numbers]
-    value = loss(*inputs, positives)
-    (3 * value).backward()
-    return [value.detach(), *(x.grad for x in inputs)]
+def inputs(n: int, d: int, scale: float = 10.0, bias: float = -4.0) -> list[Tensor]:
+    image = unit(n, d)
+    return [
+        image,
+        normalize(image + unit(n, d, seed=1), dim=-1),
+        torch.tensor(scale, dtype=torch.float64),
+        torch.tensor(bias, dtype=torch.float64),
+    ]
 
 
-def dense_info_nce(image, text, scale, positives):
-    return info_nce(image, text, scale, positives=None if positives is None else positives.matrix())
-
-
-def dense_sigmoid(image, text, scale, bias, positives):
-    matrix = torch.eye(len(image), dtype=torch.bool) if positives is None else positives.matrix()
-    return sigmoid_loss(image, text, scale, bias, positives=matrix)
-
-
-CASES = [(tiled_info_nce, dense_info_nce, (SCALE,)), (tiled_sigmoid_loss, dense_sigmoid, (SCALE, BIAS))]
+def gradients(
+    loss: str, values: list[Tensor], positives: Positives | None, *, form: str, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Return the loss and its gradients, computed in the form and type asked for, as fp64."""
+    leaves = [value.to(dtype, copy=True).requires_grad_() for value in values[: 3 if loss == "info_nce" else 4]]
+    if form == "tiled":
+        value = (tiled_info_nce if loss == "info_nce" else tiled_sigmoid_loss)(*leaves, positives)
+    else:
+        matrix = None if positives is None else positives.matrix()
+        value = (info_nce if loss == "info_nce" else sigmoid_loss)(*leaves, positives=matrix)
+    value.backward()
+    assert value.dtype == dtype and all(leaf.grad.dtype == dtype for leaf in leaves)
+    return [value.detach().double(), *(leaf.grad.double() for leaf in leaves)]
 
 
 @pytest.fixture(autouse=True)
-def dense_stays_dense(monkeypatch):
-    monkeypatch.setattr(contrastive, "TILED_FROM", {"cpu": 10**9})
+def plain_is_plain(monkeypatch):
+    """Let the public functions take the plain form, whatever the size: what is compared must be the other one."""
+    monkeypatch.setitem(TILED_FROM, "cpu", 10**9)
 
 
-def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
-
-
-@pytest.mark.parametrize(("ours", "naive", "numbers"), CASES)
-@pytest.mark.parametrize(("n", "block"), [(1, 4), (7, 4), (8, 4), (33, 8), (50, 64)])
-@pytest.mark.parametrize("kinds", [None, 1, 3, 40])
-def test_values_and_gradients_in_fp64(ours, naive, numbers, n, block, kinds, monkeypatch):
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("multiple", [False, True], ids=["diagonal", "multiple"])
+@pytest.mark.parametrize("block", [1, 4, 7, 1024])
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 1), (13, 5), (21, 8), (28, 16)])
+def test_equals_the_plain_form_for_any_size_of_block(loss, multiple, block, n, d, monkeypatch):
     monkeypatch.setattr(tiled, "BLOCK", block)
-    positives = None if kinds is None else some_positives(n, kinds)
-    image, text = embeddings(n)
-    expected = run(naive, image, text, *numbers, positives=positives)
-    assert_equal(run(ours, image, text, *numbers, positives=positives), expected, 1e-10)
+    positives = some_positives(n) if multiple else None
+    expected = gradients(loss, inputs(n, d), positives, form="plain")
+    found = gradients(loss, inputs(n, d), positives, form="tiled")
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 
 
-def opposite(n: int) -> tuple[Tensor, Tensor]:
-    image, _ = embeddings(n)
-    return image, -image
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("scale", [3.0, 600.0], ids=["one shift", "maxima"])
+@pytest.mark.parametrize("positives", [None, Positives(torch.tensor([1, 1, 2, 3, 4]), torch.tensor([1, 2, 2, 3, 4]))])
+def test_gradients_are_the_derivatives(loss, scale, positives, monkeypatch):
+    monkeypatch.setattr(tiled, "BLOCK", 2)
+    values = [unit(5, 3), unit(5, 3, seed=1), torch.tensor(scale).double(), torch.tensor(-2.0).double()]
+    values = [value.requires_grad_() for value in values[: 3 if loss == "info_nce" else 4]]
+    function = tiled_info_nce if loss == "info_nce" else tiled_sigmoid_loss
+    assert torch.autograd.gradcheck(lambda *x: function(*x, positives), values)
 
 
-def all_alike(n: int) -> tuple[Tensor, Tensor]:
-    image, text = embeddings(n)
-    return image[:1].repeat(n, 1), text[:1].repeat(n, 1)
+def hard(case: str, n: int = 300, d: int = 512) -> tuple[list[Tensor], Positives | None]:
+    """Return an input that is hard for a form with a fixed shift, fp32, or many positives."""
+    image, text, scale, bias = inputs(n, d, scale=100.0, bias=-10.0)
+    alone = torch.arange(n)
+    if case == "opposite":
+        return [image, -image, scale, bias], None
+    if case == "all opposite":
+        image, text = (normalize(side + 0.05 * unit(n, d, seed=2), dim=-1) for side in (image[:1], -image[:1]))
+        return [image, text, scale, bias], None
+    if case == "random":
+        return [image, unit(n, d, seed=2), scale, bias], None
+    if case == "duplicates":
+        image[n // 2 :] = image[: n - n // 2]
+        return [image, unit(n, d, seed=2), scale, bias], None
+    if case == "duplicates are positives":
+        half = alone % (n // 2)
+        return [image[half], normalize(image[half] + 2 * unit(n, d, seed=2), dim=-1), scale, bias], Positives(
+            half, alone
+        )
+    if case == "a row with all positives":  # sample 0 shares its group with the first half, its text with the second
+        first = alone < n // 2
+        return (
+            [image, text, scale, bias],
+            Positives(torch.where(first, 0, alone), torch.where(first & (alone > 0), alone, n)),
+        )
+    if case == "one group":
+        return [image, text, scale, bias], Positives(torch.zeros(n, dtype=torch.int64), alone)
+    assert case == "not normalised"
+    length = torch.linspace(0.1, 6, n, dtype=torch.float64)[:, None]
+    return [image * length, unit(n, d, seed=2) * length.flip(0), scale / 4, bias], None
 
 
-def one_far_off(n: int) -> tuple[Tensor, Tensor]:
-    image, _ = embeddings(n)
-    text = image.clone()
-    text[0] = -image.mean(0) / image.mean(0).norm()
-    return image, text
+HARD = (
+    "opposite",
+    "all opposite",
+    "random",
+    "duplicates",
+    "duplicates are positives",
+    "a row with all positives",
+    "one group",
+    "not normalised",
+)
 
 
-@pytest.mark.parametrize(("ours", "naive", "numbers"), CASES)
-@pytest.mark.parametrize("made", [embeddings, opposite, all_alike, one_far_off])
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_fp32_is_within_1e_5_of_fp64_even_when_it_is_hard(ours, naive, numbers, made, scale, monkeypatch):
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("product", ["default", "torch.mm"])
+def test_fp32_is_within_a_hundred_thousandth_of_fp64_on_hard_inputs(loss, case, product, monkeypatch):
     monkeypatch.setattr(tiled, "BLOCK", 128)
-    image, text = made(600)
-    numbers = (scale, *numbers[1:])
-    expected = run(naive, image, text, *numbers)
-    found = run(ours, image.float(), text.float(), *numbers)
+    if product == "torch.mm":
+        monkeypatch.setattr(tiled, "_onednn_is_faster", lambda x: False)
+    values, positives = hard(case)
+    values = [value.float() for value in values]
+    expected = gradients(loss, values, positives, form="plain")
+    found = gradients(loss, values, positives, form="tiled", dtype=torch.float32)
     for one, other in zip(found, expected, strict=True):
-        assert one.dtype == torch.float32 and one.isfinite().all()
-        norm = max(other.norm().item(), scale if made is all_alike else 0.0)  # theirs is 0: terms of that size cancel
-        assert (one.double() - other).norm().item() <= 1e-5 * norm
+        assert float((one - other).norm() / other.norm()) < 1e-5
 
 
-def test_long_vectors_overflow_nowhere():
-    image, text = (300 * x for x in embeddings(40))
-    for ours, naive, numbers in CASES:
-        expected = run(naive, image, text, *numbers)
-        found = run(ours, image.float(), text.float(), *numbers)
-        assert all(x.isfinite().all() for x in found)
-        torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-5, atol=0)
+@pytest.mark.parametrize(
+    ("case", "needed"),
+    [("all opposite", True), ("not normalised", True), ("opposite", False), ("random", False), ("one group", False)],
+)
+def test_maxima_are_kept_only_when_a_sum_may_be_lost(case, needed):
+    values, positives = hard(case)
+    with patch.object(tiled, "_power_sums_with_maxima", wraps=tiled._power_sums_with_maxima) as called:
+        gradients("info_nce", values, positives, form="tiled", dtype=torch.float32)
+    assert called.called == needed
 
 
-def test_the_jacobian(monkeypatch):
-    monkeypatch.setattr(tiled, "BLOCK", 3)
-    image, text = embeddings(5, 4)
-    inputs = [x.requires_grad_() for x in (image, text, torch.tensor(2.0).double(), torch.tensor(-1.0).double())]
-    positives = some_positives(5, 3)
-    assert torch.autograd.gradcheck(lambda i, t, s: tiled_info_nce(i, t, s, positives), inputs[:3])
-    assert torch.autograd.gradcheck(lambda i, t, s, b: tiled_sigmoid_loss(i, t, s, b, positives), inputs)
+def test_logits_beyond_the_range_of_fp32():
+    """Rows at -1000 beside rows at 1000: no power of either is a number, all probabilities are."""
+    values = [torch.tensor([[1.0], [-1.0], [0.5]]), torch.tensor([[1.0], [0.9], [0.2]]), torch.tensor(1000.0)]
+    expected = gradients("info_nce", values, None, form="plain")
+    torch.testing.assert_close(gradients("info_nce", values, None, form="tiled", dtype=torch.float32), expected)
 
 
-@pytest.mark.parametrize("positives", [None, some_positives(100, 30)])
-def test_large_batches_take_it_and_objectives_do_not_notice(positives, monkeypatch):
-    image, text = embeddings(100, dtype=torch.float32)
-    expected = (info_nce(image, text, SCALE, positives=positives), sigmoid_loss(image, text, SCALE, BIAS))
-    monkeypatch.setattr(contrastive, "TILED_FROM", {"cpu": 100})
-    seen = []
-    monkeypatch.setattr(contrastive, "tiled_info_nce", lambda *a: seen.append("info_nce") or tiled_info_nce(*a))
-    monkeypatch.setattr(contrastive, "tiled_sigmoid_loss", lambda *a: seen.append("sigmoid") or tiled_sigmoid_loss(*a))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nan_stays_nan(loss):
+    values = inputs(4, 3)
+    values[0][1, 1] = torch.nan
+    assert gradients(loss, values, None, form="tiled")[0].isnan()
+
+
+def test_softplus_sum_of_any_size_and_range():
+    for n in (1, 2, 31, 33, 1000):
+        x = torch.linspace(-95, 95, n)
+        expected = torch.nn.functional.softplus(x.double(), threshold=1000).sum()
+        torch.testing.assert_close(tiled._softplus_sum(x.clone()), expected, rtol=1e-6, atol=1e-12)
+    far = torch.full((40, 25), -30.0)
+    torch.testing.assert_close(tiled._softplus_sum(far).item(), 1000 * 9.357622968839299e-14, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_changes_nothing(loss):
+    values = [value.float() for value in inputs(40, 16)]
+    expected = gradients(loss, values, None, form="tiled", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = (info_nce(image, text, SCALE, positives=positives), sigmoid_loss(image, text, SCALE, BIAS))
-    assert seen == ["info_nce", "sigmoid"]
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+        found = gradients(loss, values, None, form="tiled", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-MEMORY = """
-import resource, torch
-from torch.nn.functional import normalize
-from diptych.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
-torch.manual_seed(0)
-image, text = (normalize(torch.randn(6000, 64), dim=-1).requires_grad_() for _ in range(2))
-(image[:64] @ text[:64].T).sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tiled_info_nce(image, text, torch.tensor(14.3), None).backward()
-tiled_sigmoid_loss(image, text, torch.tensor(14.3), torch.tensor(-9.0), None).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_used_twice(loss, monkeypatch):
+    """One pair of embeddings in two losses, the same tensor on both sides, and two backward passes through one graph."""
+    monkeypatch.setattr(tiled, "BLOCK", 4)
+    image, text, scale, bias = inputs(9, 4)
+    rest = (scale,) if loss == "info_nce" else (scale, bias)
+    function, plain = (tiled_info_nce, info_nce) if loss == "info_nce" else (tiled_sigmoid_loss, sigmoid_loss)
+    found = []
+    for one in (lambda *x: function(*x, None), plain):
+        x, y = image.clone().requires_grad_(), text.clone().requires_grad_()
+        total = one(x, y, *rest) + 3 * one(x, x, *rest)
+        (once,) = torch.autograd.grad(total, x, retain_graph=True)
+        total.backward()
+        assert torch.equal(x.grad, once)
+        found.append([total.detach(), x.grad, y.grad])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("wanted", [0, 1, 2, 3])
+def test_one_gradient_alone(loss, wanted):
+    values = inputs(9, 4)[: 3 if loss == "info_nce" else 4]
+    if wanted == len(values):
+        pytest.skip("InfoNCE has no bias")
+    expected = gradients(loss, values, None, form="plain")[1 + wanted]
+    values[wanted].requires_grad_()
+    (tiled_info_nce if loss == "info_nce" else tiled_sigmoid_loss)(*values, None).backward()
+    torch.testing.assert_close(values[wanted].grad, expected, rtol=1e-11, atol=1e-13)
+    assert all(value.grad is None for value in values if value is not values[wanted])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_gradient_none_is_computed(loss):
+    values = [value.requires_grad_() for value in inputs(9, 4)[: 3 if loss == "info_nce" else 4]]
+    function = tiled_info_nce if loss == "info_nce" else tiled_sigmoid_loss
+    expected = function(*values, None)
+    assert expected.requires_grad
+    with torch.no_grad(), patch.object(tiled.Gradients, "add") as add:
+        found = function(*values, None)
+    assert torch.equal(found, expected.detach()) and not found.requires_grad and not add.called
+
+
+@pytest.mark.parametrize("function", [tiled_info_nce, tiled_sigmoid_loss])
+def test_a_second_derivative_is_refused(function):
+    values = [value.requires_grad_() for value in inputs(5, 3)[: 3 if function is tiled_info_nce else 4]]
+    with pytest.raises(TrainingError, match="second derivatives"):
+        torch.autograd.grad(function(*values, None), values[0], create_graph=True)
+
+
+def test_rows_of_a_view_need_not_be_contiguous():
+    values = inputs(9, 4)
+    expected = gradients("info_nce", values, None, form="tiled")
+    wide = torch.cat([values[0], values[0]], 1)[:, :4].requires_grad_()
+    assert not wide.is_contiguous()
+    tiled_info_nce(wide, values[1], values[2], None).backward()
+    torch.testing.assert_close(wide.grad, expected[1])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_public_functions_choose_by_size(loss, monkeypatch):
+    monkeypatch.setitem(TILED_FROM, "cpu", 12)
+    public = info_nce if loss == "info_nce" else sigmoid_loss
+    name = "tiled_info_nce" if loss == "info_nce" else "tiled_sigmoid_loss"
+    rest = (7.0,) if loss == "info_nce" else (7.0, -3.0)
+    for n, positives, taken in (
+        (11, None, False),
+        (12, None, True),
+        (12, some_positives(12), True),
+        (12, some_positives(12).matrix(), False),
+    ):
+        with patch.object(contrastive, name, wraps=getattr(contrastive, name)) as called:
+            found = public(unit(n, 4).float(), unit(n, 4, seed=1).float(), *rest, positives=positives)
+        assert called.called == taken
+        matrix = positives.matrix() if isinstance(positives, Positives) else positives
+        with patch.dict(TILED_FROM, clear=True):
+            expected = public(unit(n, 4), unit(n, 4, seed=1), *rest, positives=matrix)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "option", [{"ignored": ~torch.eye(8, dtype=torch.bool)}, {"label_smoothing": 0.1}, {"candidate_gradient": False}]
+)
+def test_options_take_the_plain_form(option, monkeypatch):
+    monkeypatch.setitem(TILED_FROM, "cpu", 0)
+    with patch.object(contrastive, "tiled_info_nce") as called:
+        info_nce(unit(8, 4), unit(8, 4, seed=1), 7.0, **option)
+    assert not called.called
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_embeddings_and_a_learnt_scale(loss, monkeypatch):
+    """As under bf16 autocast: the loss is fp32, and each gradient has the type of its leaf."""
+    monkeypatch.setitem(TILED_FROM, "cpu", 0)
+    image, text = unit(20, 8).bfloat16().requires_grad_(), unit(20, 8, seed=1).bfloat16()
+    log_scale = torch.tensor(2.0, requires_grad=True)
+    rest = () if loss == "info_nce" else (-5.0,)
+    value = (info_nce if loss == "info_nce" else sigmoid_loss)(image, text, log_scale.exp(), *rest)
+    value.backward()
+    assert (value.dtype, image.grad.dtype, log_scale.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert log_scale.grad != 0
+
+
+CHILD = """
+import sys
+import torch
+from pathlib import Path
+from diptych.losses.contrastive import TILED_FROM, info_nce, sigmoid_loss
+from diptych.losses.positives import Positives
+
+def resident(which):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
+
+def run(n):
+    image, text = torch.randn(2, n, 64).div(8).unbind()
+    group = torch.arange(n) // 2
+    before = resident("VmRSS")
+    rest = (torch.tensor(10.0), torch.tensor(-5.0))[: 1 if sys.argv[1] == "info_nce" else 2]
+    loss = info_nce if sys.argv[1] == "info_nce" else sigmoid_loss
+    loss(image.requires_grad_(), text.requires_grad_(), *rest, positives=Positives(group, torch.arange(n))).backward()
+    return resident("VmHWM") - before
+
+for start in (0, 10**9):
+    TILED_FROM["cpu"] = start
+    run(512)
+    print(run(4096))
 """
 
 
-def test_memory_is_a_few_blocks_where_the_matrix_would_be_many():
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert (
-        int(result.stdout) / 1024 < 70
-    )  # megabytes; one 6000 x 6000 matrix in fp32 has 144, and the plain loss holds six
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_memory(loss):
+    """4096 x 4096 cells are 64 MB; the plain form holds several such matrices, the other one no more than a few blocks."""
+    command = [sys.executable, "-c", CHILD, loss]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1"})
+    block_by_block, plain = map(float, found.stdout.split())
+    assert block_by_block < 40
+    assert plain > 250
 
 
-def test_positives_count_each_pair_once():
-    positives = some_positives(60, 8)
-    assert torch.equal(positives.counts, positives.matrix().sum(1))
-    row, column = positives.cells(slice(0, 60), slice(0, 60))
-    assert torch.equal(torch.stack([row, column], 1), positives.matrix().nonzero())
-
-
-def test_distinct_samples_need_no_positives():
-    assert shared_positives(torch.arange(5), torch.arange(5)) is None
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_a_gpu(loss):
+    values, positives = [x.cuda() for x in inputs(3000, 64, scale=50.0)], some_positives(3000)
+    positives = Positives(positives.group.cuda(), positives.text_key.cuda())
+    expected = gradients(loss, values, positives, form="plain")
+    torch.testing.assert_close(
+        gradients(loss, values, positives, form="tiled", dtype=torch.float32), expected, rtol=1e-4, atol=1e-7
+    )

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from diptych.losses.positives import Positives
 from diptych.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 
-TILED_FROM = {"cpu": 1024, "cuda": 8192}
-"""Samples from which the losses are computed block by block. On CPU that takes less time from about 512 on (benchmarks/loss.py); on CUDA
+TILED_FROM = {"cpu": 512, "cuda": 8192}
+"""Samples from which the losses are computed block by block. On CPU that takes less time from about 300 on (benchmarks/loss.py); on CUDA
 the number is a guess by memory, not measured. Other devices always take the plain form."""
 
 

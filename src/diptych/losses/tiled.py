@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from diptych.errors import TrainingError
 from diptych.losses.positives import Positives
 
 BLOCK = 1024
@@ -78,8 +78,8 @@ class _InfoNCE(torch.autograd.Function):
         return (total / (2 * len(image) * LOG2_E)).to(image.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         image, text, scale, share, *sums = ctx.saved_tensors
         rows, columns = PowerSums(*sums[:2]), PowerSums(*sums[2:])
         with _no_autocast(image):
@@ -118,8 +118,8 @@ class _Sigmoid(torch.autograd.Function):
         return (total / len(image)).to(image.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         return *(None if part is None else gradient * part for part in ctx.saved_tensors), None, None
 
 
@@ -307,6 +307,15 @@ def _onednn_is_faster(x: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def _refuse_second_derivatives() -> None:
+    """Stop where `once_differentiable` would let a gradient penalty go missing in silence."""
+    if torch.is_grad_enabled():
+        raise TrainingError(
+            "create_graph=True asks for second derivatives, which the loss of a large batch does not have: it is computed in blocks. "
+            "Give `positives` as a matrix (torch.eye(n, dtype=torch.bool) for the diagonal) to hold all pairs instead."
+        )
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
