@@ -3,15 +3,16 @@
 InfoNCE: the forward pass keeps the sum of each row and column, the backward pass computes every block again. Sigmoid: the gradient of a
 cell needs no other cell, so one pass gives loss and gradient.
 
-Cost, n pairs of d dimensions, forward and backward:
+Cost of n pairs of d dimensions, forward and backward, beside the plain form that `contrastive` holds:
 
-|         | matrix products of 2 n^2 d | passes over n^2 cells             | memory beyond inputs and gradients |
-|---------|----------------------------|-----------------------------------|------------------------------------|
-| InfoNCE | 4; the dense loss 3        | about 10, in cache; dense in RAM  | 3 blocks; dense at least 6 n^2     |
-| sigmoid | 3; the dense loss 3        | about 16, in cache; dense in RAM  | 3 blocks + 2 n d; dense 6 n^2      |
+|         | matrix products of 2 n^2 d | passes over n^2 cells       | floats beside inputs and their gradients |
+|---------|----------------------------|-----------------------------|------------------------------------------|
+| InfoNCE | 4; plain 3                 | 10, in cache; plain, in RAM | 3 blocks; plain 4 n^2, positives 7 n^2   |
+| sigmoid | 3; plain 3                 | 16, in cache; plain, in RAM | 3 blocks + 2 n d; plain 4 n^2            |
 
-The fourth product is paid for by passes that stay in cache, by one power for row sum and column sum together, by powers of 2, and by
-one logarithm for 32 cells of the sigmoid loss. Figures: benchmarks/results/loss.md. Written for eager PyTorch on CPU and CUDA.
+The fourth product is paid for by passes that stay in cache, by one power for row sum and column sum together, by powers of 2 instead of e, and
+in the sigmoid loss by one logarithm for 32 cells. Duplicates add a comparison of the keys inside each block. Figures:
+benchmarks/results/loss.md. Written for eager PyTorch on CPU and CUDA; a fused kernel for GPUs is not part of it.
 """
 
 import math

@@ -8,7 +8,7 @@ and each text its image. Nothing but the pairing supervises.
 Equation (figure 3): L = (CE(S, diag) + CE(S^T, diag)) / 2 with S = exp(t) I T^T, I and T L2-normalised, exp(t) <= 100.
 
 What differs: samples of one group, and samples with the very same text, are positives of each other instead of false negatives.
-With distinct groups and texts the loss is CLIP's to the bit. The demo trains it from scratch: see README.
+With distinct groups and texts the loss is CLIP's. The demo trains it from scratch: see README.
 """
 
 from dataclasses import dataclass
