@@ -73,7 +73,7 @@ def recipe() -> Recipe[Config]:
 
 
 def mini() -> Recipe[Config]:
-    """Return the demo: everything from scratch on 64-pixel drawings, about four minutes on two cores.
+    """Return the demo: everything from scratch on 64-pixel drawings, about two minutes on two idle cores.
 
     English names are drawn most of the time, names in other languages otherwise; values were chosen on drawings kept out of training.
     """
