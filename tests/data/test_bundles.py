@@ -4,7 +4,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from diptych.data.bundles import BUNDLES, bundle, class_names
+from diptych.data.bundles import BUNDLES, bundle, class_names, prompts_of
 from diptych.data.columns import Columns
 from diptych.data.images import decode
 from diptych.data.sources import from_table, open_source
@@ -33,6 +33,14 @@ def test_class_names(small):
     assert class_names(bundle("clothing")) == ("bag", "hat", "shoe")
     with pytest.raises(DataError, match=r"captions has no labels"):
         class_names(from_table(pa.table({"caption": ["a"]}), Path(), "captions"))
+
+
+@pytest.mark.parametrize(
+    ("source", "prompts"),
+    [("pacs:train", "style"), ("nwpu-resisc12", "overhead"), ("flickr8k-1k:test", "photo"), ("my photos", "photo")],
+)
+def test_prompts_suit_the_source(source, prompts):
+    assert prompts_of(source) == prompts
 
 
 def test_columns_in_place_of_its_own(small):

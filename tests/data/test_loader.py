@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diptych.data.images import decode
-from diptych.data.loader import Loader, LoaderConfig, Position, TextColumn, choose_workers
-from diptych.data.sources import AbstractSource, Listed
+from diptych.data.loader import Loader, LoaderConfig, Position, TextColumn, choose_workers, draw_order
+from diptych.data.sources import AbstractSource, Listed, WithChances
 from diptych.data.text_changes import TextChange
 from diptych.data.tokenizer import TextPolicy, Tokenizer, hash_strings
 from diptych.data.transforms import Augment, ImagePolicy, preprocess
@@ -311,3 +311,105 @@ def test_scaled_decoding_is_for_random_crops_of_large_jpegs_only():
         (replace(crop, size=400),),
     ):  # exact; exact because of the second; not large
         assert torch.equal(first("exact", *views), first("scaled", *views))
+
+
+class Noting(Listed):
+    """Notes which samples are read, and in which process with how many threads."""
+
+    def __getitem__(self, index: int) -> Sample:
+        self.read.append(index)
+        threads = f"{torch.get_num_threads()} {os.environ['TOKENIZERS_PARALLELISM']}"
+        return replace(self.samples[index], key=f"{os.getpid()} {threads}")
+
+
+def noting(samples: list[Sample]) -> Noting:
+    source = Noting(samples, "noting")
+    source.read = []
+    return source
+
+
+def test_workers_have_one_thread_each_and_training_keeps_its_own(source, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # where it stays so, a forked tokenizer waits forever
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        batches = take(make(noting(source.samples), replace(CONFIG, workers=2)), 4)
+        assert (torch.get_num_threads(), os.environ["TOKENIZERS_PARALLELISM"]) == (3, "true")
+    finally:
+        torch.set_num_threads(before)
+    seen = {key.split(" ", 1)[0]: key.split(" ", 1)[1] for batch in batches for key in batch.keys}
+    assert len(seen) == 2 and set(seen.values()) == {"1 false"} and str(os.getpid()) not in seen
+
+
+def test_going_on_after_ten_thousand_samples_reads_none_of_them(source, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    many = [replace(source.samples[i % 10], group=str(i)) for i in range(12_000)]
+    config = LoaderConfig(batch_size=8)
+    (expected,) = list(islice(make(Listed(many), config).requests(), 1_250, 1_251))
+    noted = noting(many)
+    batch = next(iter(make(noted, config, position=Position(0, 1_250))))
+    assert sorted(noted.read) == sorted(expected.indices)
+    assert torch.equal(batch.group, hash_strings(map(str, expected.indices)))
+
+
+def test_neighbours_are_read_one_after_another(source, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    noted = noting(source.samples)
+    take(make(noted, replace(CONFIG, batch_size=10)), 2)
+    assert noted.read == [*range(10), *range(10)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("samples", [3, 10, 11, 25, 29])
+def test_parts_of_an_uneven_source_have_equally_many_equal_batches(samples, parts):
+    listed = Listed([Sample(str(i), None, (), str(i)) for i in range(samples)])
+    loaders = [make(listed, seed=5, part=(part, parts)) for part in range(parts)]
+    (count,), (size,) = {one.batches_per_epoch for one in loaders}, {one.batch_size for one in loaders}
+    assert count == max(1, samples // (4 * parts)) and size == min(4, samples // parts)
+    together = make(listed, LoaderConfig(batch_size=size * parts), seed=5)
+    whole = islice(together.requests(), 2 * count + 1)
+    for *requests, of_all in zip(*(one.requests() for one in loaders), whole):  # noqa: B905 - some go on forever
+        assert all(len(request.indices) == size for request in requests)
+        assert {(request.epoch, request.after) for request in requests} == {(of_all.epoch, of_all.after)}
+        assert [index for request in requests for index in request.indices] == list(of_all.indices)
+
+
+class TestChances:
+    def test_certain_samples_are_in_every_epoch_and_excluded_ones_in_none(self, source):
+        chances = np.array([1.0, 0, 1, 1, 0, 1, 1, 0, 1, 1])
+        for epoch in range(5):
+            drawn = draw_order(10, chances, np.random.default_rng(epoch))
+            assert sorted(drawn.tolist()) == [0, 2, 3, 5, 6, 8, 9]
+
+    def test_without_chances_the_order_is_what_it_was(self):
+        found = draw_order(10, None, np.random.default_rng([3, 1]))
+        assert found.tolist() == np.random.default_rng([3, 1]).permutation(10).tolist()
+        certain = draw_order(10, np.ones(10), np.random.default_rng([3, 1]))
+        assert certain.tolist() == found.tolist()
+
+    def test_each_is_drawn_as_often_as_its_chance_says_and_their_number_stays(self):
+        chances, epochs = np.random.default_rng(0).random(40) ** 3, 20_000
+        rng = np.random.default_rng(1)
+        epochs_drawn = [draw_order(40, chances, rng) for _ in range(epochs)]
+        assert {len(drawn) for drawn in epochs_drawn} == {int(chances.sum()), int(chances.sum()) + 1}
+        assert all(len(set(drawn.tolist())) == len(drawn) for drawn in epochs_drawn[:100])
+        share = np.bincount(np.concatenate(epochs_drawn), minlength=40) / epochs
+        assert (np.abs(share - chances) < 4.5 * np.sqrt(chances * (1 - chances) / epochs)).all()
+        first = np.bincount([drawn[0] for drawn in epochs_drawn], minlength=40) / epochs  # the order is random, too
+        assert np.abs(first - chances / chances.sum()).max() < 4.5 * np.sqrt(0.25 / epochs)
+
+    def test_epochs_are_as_long_as_the_sum_of_chances_and_resume(self, source):
+        drawn = WithChances(source, np.full(10, 0.87))
+        loader = make(drawn, seed=3)
+        assert (loader.batch_size, loader.batches_per_epoch) == (4, 2)
+        whole = [content(batch) for batch in take(loader, 6)]
+        for taken in range(6):
+            again = make(drawn, seed=3, position=Position(*divmod(taken, 2)))
+            assert [content(batch) for batch in take(again, 6 - taken)] == whole[taken:]
+        halves = [take(make(drawn, replace(CONFIG, batch_size=2), seed=3, part=(part, 2)), 4) for part in range(2)]
+        both = [a.keys + b.keys for a, b in zip(*halves, strict=True)]
+        assert both == [batch.keys for batch in take(make(drawn, seed=3), 4)]
+
+    def test_too_few_to_train_on(self, source):
+        with pytest.raises(DataError, match="no samples per epoch; training needs at least 1"):
+            make(WithChances(source, np.full(10, 0.05)))

@@ -26,7 +26,7 @@ def _installed():
 def few(tmp_path, monkeypatch) -> list[str]:
     """Use a fresh cache folder and four emoji; return the list of drawings rendered since."""
     monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_names", lambda: FEW)
+    monkeypatch.setattr(module, "emoji_names", lambda: FEW)
     rendered: list[str] = []
 
     def counted(path: str, size: int) -> np.ndarray:

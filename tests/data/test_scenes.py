@@ -406,3 +406,32 @@ def test_every_noun_is_drawn_and_has_a_plural():
 def test_an_unknown_split():
     with pytest.raises(ConfigError, match=r"no split 'valid'. Did you mean 'validation'"):
         scenes("valid")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, r"size must be at least 16 pixels, not 0"),
+        ({"things": (0, 2)}, r"1 <= least <= most, not \(0, 2\)"),
+        ({"things": (3, 2)}, r"1 <= least <= most, not \(3, 2\)"),
+        ({"copies": 0}, r"copies must be from 1 to 4, not 0"),
+        ({"copies": 5, "things": (1, 1)}, r"copies must be from 1 to 4, not 5"),
+        ({"copies": 4}, r"3 things of 4 copies do not fit: a scene has 9 places"),
+        ({"nouns": 3}, r"nouns must be more than things and at most \d+, not 3"),
+        ({"nouns": 1000}, r"nouns must be more than things and at most \d+, not 1000"),
+        ({"tint_rate": -0.1}, r"tint_rate must be in \[0, 1\], not -0.1"),
+        ({"rotation_rate": float("nan")}, r"rotation_rate must be in \[0, 1\], not nan"),
+        ({"held_out": 2}, r"held_out must be in \[0, 1\], not 2"),
+        ({"styles": ()}, r"styles must name at least one"),
+        ({"backgrounds": ()}, r"backgrounds must name at least one"),
+    ],
+)
+def test_settings_that_cannot_be_drawn_are_named(settings, message):
+    with pytest.raises(ConfigError, match=f"^Scenes cannot be drawn: .*{message}"):
+        SceneConfig(**settings)
+
+
+def test_pairs_that_leave_no_scene_are_an_error_and_no_endless_loop():
+    source = scenes("train", count=1, config=SceneConfig(things=(2, 2), held_out=1.0))
+    with pytest.raises(ConfigError, match=r"No scene for train was found in 10,000 draws"):
+        source.plan(0)

@@ -3,6 +3,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +12,17 @@ from torch.utils.data import DataLoader
 
 from diptych.data.columns import Columns
 from diptych.data.images import decode
-from diptych.data.sources import AbstractSource, Joined, Subset, describe, from_datasets, from_table, open_source
+from diptych.data.sources import (
+    AbstractSource,
+    Joined,
+    Subset,
+    WithChances,
+    describe,
+    expand_braces,
+    from_datasets,
+    from_table,
+    open_source,
+)
 from diptych.errors import ColumnError, DataError, ImageError, MissingExtraError
 from diptych.types import Sample, Text
 
@@ -101,6 +112,37 @@ def test_parquet(pairs, image):
     joined = open_source(str(pairs / "*.parquet"))
     assert (colours(joined), captions(joined)) == ([RED, RED, BLUE], [["red"], ["red"], ["blue"]])
     assert len({joined[i].key for i in range(3)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("s-{008..011}.tar", ["s-008.tar", "s-009.tar", "s-010.tar", "s-011.tar"]),
+        ("{0..1}/{train,val}-{9..10}", [f"{n}/{part}-{k}" for n in "01" for part in ("train", "val") for k in (9, 10)]),
+        ("a{,b}", ["a", "ab"]),
+        ("{a}-{}-{1..}", ["{a}-{}-{1..}"]),
+        ("{2..1}", []),
+    ],
+)
+def test_braces_are_a_shell_s(pattern, names):
+    assert expand_braces(pattern) == names
+
+
+def test_shards_named_by_a_range(pairs):
+    for number in range(3):
+        table = pa.table({"image": [f"{'rgb'[number]}.png"], "text": [f"t{number}"], "split": ["train"]})
+        pq.write_table(table, pairs / f"x-{number:03}.parquet")
+    source = open_source(f"{pairs}/x-{{000..001}}.parquet:train")
+    assert captions(source) == [["t0"], ["t1"]]
+    assert captions(open_source(f"{pairs}/x-{{002,000}}.parquet")) == [["t2"], ["t0"]]
+    assert captions(open_source(f"{pairs}/x-*{{1,2}}.parquet:train")) == [["t1"], ["t2"]]
+    with pytest.raises(DataError, match=r"stands for 5 names, of which 2 are not there: .*x-003.parquet, .*x-004"):
+        open_source(f"{pairs}/x-{{000..004}}.parquet")
+    with pytest.raises(DataError, match=r"There is no file or folder .*y-\{0\.\.4\}"):
+        open_source(f"{pairs}/y-{{0..4}}.parquet")
+    (pairs / "{0..1}.csv").write_text("image,caption\nr.png,a file with braces\n")
+    assert captions(open_source(pairs / "{0..1}.csv")) == [["a file with braces"]]
 
 
 def test_roles_languages_and_scripts(pairs):
@@ -243,6 +285,19 @@ def test_datasets_in_memory(datasets):
     assert (source[0].image, source[2].image) == (png(BLUE), b"no image")  # handed over as they are, not decoded
 
 
+def test_datasets_stay_on_the_disk(datasets, tmp_path):
+    images = [{"bytes": bytes([n]) * 20_000} for n in range(60)]
+    many = datasets.Dataset.from_dict({"image": images, "text": ["a"] * 60}).cast_column("image", datasets.Image())
+    many.save_to_disk(tmp_path / "many")
+    source = from_datasets(datasets.load_from_disk(tmp_path / "many").select(range(59, -1, -1)))
+    assert source.table.nbytes + len(pickle.dumps(source)) < 30_000
+    assert [sample.image[:1] for sample in pickle.loads(pickle.dumps(source))] == [
+        bytes([n]) for n in range(59, -1, -1)
+    ]
+    alone = from_datasets(dataset(datasets).select_columns(["image"]))
+    assert [alone[i].image for i in range(3)] == [png(RED), png(BLUE), b"no image"]
+
+
 def test_datasets_folder(datasets, tmp_path):
     dataset(datasets).save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=dataset(datasets), test=dataset(datasets).select([1])).save_to_disk(tmp_path / "parts")
@@ -260,3 +315,22 @@ def test_datasets_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'diptych\[hf\]'"):
         open_source("hf:someone/something")
+
+
+def test_chances_go_with_their_samples(drawings):
+    source = drawings(4)
+    drawn = WithChances(source, np.array([0.1, 0.2, 0.3, 1.0]))
+    assert drawn[2] == source[2] and drawn.texts(1) == source.texts(1) and len(drawn) == 4
+    assert drawn.without_image(0).image is None
+    assert source.chances is None and drawn.fingerprint != source.fingerprint
+    assert drawn.fingerprint != WithChances(source, np.array([0.1, 0.2, 0.3, 0.9])).fingerprint
+    assert Subset(drawn, [3, 0], "some").chances.tolist() == [1.0, 0.1]
+    assert Subset(source, [3, 0], "some").chances is None
+    assert Joined([Subset(source, [0], "one"), Subset(drawn, [1], "two")]).chances.tolist() == [1.0, 0.2]
+    assert Joined([source, source]).chances is None
+
+
+@pytest.mark.parametrize("chances", [[0.5] * 3, [0.5, 1.5, 0, 0], [-0.1, 0, 0, 0], [np.nan, 0, 0, 0]])
+def test_chances_that_cannot_be(drawings, chances):
+    with pytest.raises(DataError, match=f"4 samples, so it needs as many chances between 0 and 1; {len(chances)} came"):
+        WithChances(drawings(4), np.array(chances))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from diptych import files
+from diptych.data import tar
 from diptych.data.sources import open_source
 from diptych.data.tar import read_tars
 from diptych.errors import DataError, ImageError
@@ -65,6 +67,28 @@ def test_shards_of_a_folder_and_of_a_pattern(tmp_path):
     assert [folder[i].key for i in range(3)] == ["x", "x#2", "x#3"]
     assert [pattern[i].texts[0].text for i in range(len(pattern))] == ["text 0", "text 1"]
     assert "3 files, from 0.tar to 2.tar." in folder.notes
+
+
+def test_a_shard_is_scanned_once_until_it_changes(tmp_path, monkeypatch):
+    scanned, index = [], tar._index
+    monkeypatch.setattr(files, "feature_folder", lambda: tmp_path / "kept")
+    monkeypatch.setattr(tar, "_index", lambda archive, path: (scanned.append(path.name), index(archive, path))[1])
+    members = {"x.jpg": b"first", "x.json": json.dumps({"caption": ["é", "\ud83d\ude00"], "n": 3}).encode()}
+    one, two = (shard(tmp_path / name, members) for name in ("1.tar", "2.tar"))
+    first = read_tars([one, two])
+    assert scanned == ["1.tar", "2.tar"]
+    assert read_tars([one, two]).equals(first) and len(scanned) == 2
+    monkeypatch.setattr(tarfile, "open", lambda *args: pytest.fail("the shard was scanned"))
+    assert [sample.image for sample in open_source(str(tmp_path / "[12].tar"))] == [b"first"] * 2
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "feature_folder", lambda: tmp_path / "kept")
+    changed = shard(one, {"y.jpg": b"other", "x.json": members["x.json"]})
+    assert open_source(changed)[0].key == "y"
+    for kept in (tmp_path / "kept" / "tar").iterdir():
+        kept.write_text(kept.read_text()[:-9])  # damaged: scanned again
+    assert read_tars([two])["image"][0].as_py() == first["image"][1].as_py()
+    monkeypatch.setattr(files, "feature_folder", lambda: one / "no folder")  # nowhere to keep it
+    assert open_source(one)[0].image == b"other"
 
 
 def test_long_names(tmp_path):

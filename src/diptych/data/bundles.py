@@ -101,3 +101,9 @@ def class_names(source: AbstractSource) -> tuple[str, ...]:
     if not names:
         raise DataError(f"{source.name} has no labels. Name the column that holds them with columns.label.")
     return tuple(sorted(map(str, names)))
+
+
+def prompts_of(source: str) -> str:
+    """Return the name of the prompt file that suits the classes of a source of this name."""
+    name = source.partition(":")[0]
+    return BUNDLES[name].prompts if name in BUNDLES else "photo"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from diptych.data.parquet import holds_places
 from diptych.data.tables import is_image_name
 from diptych.errors import ColumnError, nearest
 from diptych.types import Role
@@ -16,7 +17,7 @@ class Columns:
     """What the columns of a table mean. Whatever is None or empty is found by name, then by content.
 
     Attributes:
-        image: Paths, encoded bytes, or {bytes, path} structs.
+        image: Paths, encoded bytes, {bytes, path} structs, or where such are in a file.
         texts: Strings or lists of strings. `caption_de` is a translation, `rewrite...`, `synthetic...` and `negative...` have those roles.
         label: Class names.
         key: Unique names of samples.
@@ -144,10 +145,10 @@ def _holds_text(column: str, table: pa.Table) -> bool:
 
 
 def _holds_images(column: pa.ChunkedArray) -> bool:
-    """Return whether the first cells look like images: bytes, {bytes, path}, or names with an image's ending."""
+    """Return whether the first cells look like images: bytes, {bytes, path}, the place of either, or names with an image's ending."""
     values = head(column)
     if pa.types.is_struct(column.type):
-        return bool(values) and "bytes" in values[0]
+        return bool(values) and ("bytes" in values[0] or holds_places(column.type))
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         return bool(values)
     return bool(values) and all(isinstance(value, str) and is_image_name(value) for value in values)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
@@ -50,6 +51,33 @@ class CachedView:
 
 
 @dataclass(frozen=True)
+class CachedImages:
+    """Every image of a source, decoded and whole, for views that are cropped from it at random.
+
+    Attributes:
+        store: Holds `size` (height, width), and `pixels` row by row.
+        rows: Of the store, per sample; -1 where the image cannot be used.
+        problems: Why an image cannot be used, by sample.
+    """
+
+    store: TensorStore
+    rows: Int64[Tensor, " n"]
+    problems: Mapping[int, str]
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Return uint8 [h, w, 3] of one sample.
+
+        Raises:
+            ImageError: If its image cannot be used.
+        """
+        if index in self.problems:
+            raise ImageError(self.problems[index])
+        row = self.rows[index : index + 1]
+        height, width = self.store.take("size", row)[0].tolist()
+        return self.store.take_ragged("pixels", row, height * width)[0].view(height, width, 3).numpy()
+
+
+@dataclass(frozen=True)
 class CachedTexts:
     """All texts of a source that a text column may hold.
 
@@ -78,7 +106,9 @@ class Cached:
     Attributes:
         views: One entry per view, None for those that are decoded.
         texts: One entry per text column, None for those that the tower must still encode.
+        images: What the other views are made of; None if images are decoded for them.
     """
 
     views: tuple[CachedView | None, ...]
     texts: tuple[CachedTexts | None, ...]
+    images: CachedImages | None = None

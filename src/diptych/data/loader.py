@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -32,6 +33,10 @@ FEW, MOST_WORKERS = 2_000, 8
 
 REMEMBERED_TEXTS = 200_000
 """Per process; some 100 MB of ids."""
+
+
+_BITS = 32
+"""Chances count in units of 2**-32."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class CacheConfig:
             `approximate` keeps `versions` random versions of each random view too: epoch e sees those of epoch e mod `versions`,
             which changes nothing as long as there are no more epochs. `off` keeps nothing.
         versions: Of random views, in mode `approximate`.
-        pixels: Keep the decoded pixels of views that are not random where their tower is trained and must see them; exact.
+        pixels: Keep the pixels of views that no frozen tower was asked about, which then are not decoded: the views themselves if they are not
+            random, else the whole images that they are cropped from, three bytes a pixel; exact.
         gigabytes: More than this is not written; what would not fit is computed every epoch.
     """
 
@@ -107,6 +113,11 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.versions < 1:
             raise ConfigError(f"A cache of random views needs at least one version of each, not {self.versions}.")
+
+    @property
+    def limit(self) -> float:
+        """Return the gigabytes that may be written; none when the cache is off."""
+        return 0.0 if self.mode == "off" else self.gigabytes
 
 
 @dataclass(frozen=True)
@@ -202,9 +213,12 @@ class Loader:
             DataError: If there are fewer samples than parts.
             ConfigError: If batch size or workers are out of range.
         """
-        if len(source) < part[1]:
-            held = f"{len(source):,}" if len(source) else "no"
-            raise DataError(f"{source.name} has {held} samples; training needs at least {part[1]}, one per process.")
+        shown = len(source) if source.chances is None else _parts_of_samples(source.chances).sum() >> _BITS
+        if shown < part[1]:
+            held = f"{shown:,}" if shown else "no"
+            raise DataError(
+                f"{source.name} has {held} samples per epoch; training needs at least {part[1]}, one per process."
+            )
         if config.batch_size < 1 or (config.workers or 0) < 0:
             raise ConfigError(
                 f"batch_size must be >= 1 and workers >= 0, not {config.batch_size} and {config.workers}."
@@ -212,10 +226,10 @@ class Loader:
         self.seed = seed
         self.position = position or Position()
         self.given = self.skipped = 0
-        self.batch_size = min(config.batch_size, len(source) // part[1])
-        self.batches_per_epoch = len(source) // (self.batch_size * part[1])
+        self.batch_size = min(config.batch_size, int(shown) // part[1])
+        self.batches_per_epoch = int(shown) // (self.batch_size * part[1])
         self.repeat, self._part = repeat, part
-        self._samples = len(source)
+        self._samples, self._chances = len(source), source.chances
         self.maker = BatchMaker(source, image_policy, tokenizer, config, seed)
 
     def requests(self) -> Iterator[Request]:
@@ -231,12 +245,12 @@ class Loader:
         epoch, cursor = self.position.epoch, self.position.cursor
         (part, parts), size = self._part, self.batch_size
         while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self._samples).tolist()
+            order = draw_order(self._samples, self._chances, np.random.default_rng([self.seed, epoch]))
             for batch in range(cursor, self.batches_per_epoch):
                 last = batch + 1 == self.batches_per_epoch
                 after = Position(epoch + 1, 0) if last else Position(epoch, batch + 1)
                 start = (batch * parts + part) * size
-                yield Request(epoch, tuple(order[start : start + size]), after)
+                yield Request(epoch, tuple(order[start : start + size].tolist()), after)
             epoch, cursor = epoch + 1, 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -247,6 +261,7 @@ class Loader:
             batch_size=None,
             sampler=self.requests(),
             num_workers=choose_workers(self.maker)[0],
+            worker_init_fn=_one_thread,
             generator=torch.Generator(),
         )
         for request, batch in loader:
@@ -255,6 +270,38 @@ class Loader:
                 self.given += len(batch)
                 self.skipped += len(batch.skipped)
             yield batch
+
+
+def draw_order(
+    count: int, chances: Float64[np.ndarray, " n"] | None, rng: np.random.Generator
+) -> Int64[np.ndarray, " shown"]:
+    """Return the samples of one epoch in random order: all of them, or each as often as its chance says.
+
+    Chances are laid end to end, in an order of their own, under a comb whose teeth are 1 apart and begin at a random place; samples under a tooth
+    are drawn. So each is drawn with exactly its chance (to 2**-32), once at most, and their number is the sum of chances, rounded up or down, in
+    every epoch.
+
+    Source: Madow 1949, "On the Theory of Systematic Sampling, II".
+    """
+    order = rng.permutation(count)
+    if chances is None:
+        return order
+    line, drawn = rng.permutation(count), np.zeros(count, np.bool_)
+    ends = _parts_of_samples(chances)[line].cumsum() + rng.integers(1 << _BITS)
+    drawn[line] = np.diff(ends >> _BITS, prepend=0) > 0
+    return order[drawn[order]]
+
+
+def _parts_of_samples(chances: Float64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Return chances as whole numbers, so that sums are exact and 1 stays certain."""
+    whole: Int64[np.ndarray, " n"] = np.rint(chances * (1 << _BITS)).astype(np.int64)
+    return whole
+
+
+def _one_thread(worker: int) -> None:
+    """Keep a worker's tokenizer from starting threads, which wait forever after a fork; torch limits its own."""
+    del worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def choose_workers(maker: "BatchMaker") -> tuple[int, str]:
@@ -293,22 +340,22 @@ class BatchMaker(Dataset[tuple[Request, Batch]]):
         self._tokenised: dict[str, tuple[list[int], int]] = {}
 
     def __getitem__(self, request: Request) -> tuple[Request, Batch]:
-        samples, views, texts, skipped = [], [], [], []
-        for index in request.indices:
+        made: dict[int, tuple[Sample, list[Any], list[str]]] = {}
+        skipped: dict[int, str] = {}
+        for index in sorted(request.indices):  # neighbours in a file are read together
             rng = np.random.default_rng([self.seed, request.epoch, index])
             try:
-                looked_up = all(self.cached.views)
+                looked_up = all(self.cached.views) or self.cached.images is not None
                 sample = self.source.without_image(index) if looked_up else self.source[index]
-                views.append(self._views(sample, index, request.epoch, rng))
-                texts.append(self._texts(sample, rng))
-                samples.append(sample)
+                made[index] = sample, self._views(sample, index, request.epoch, rng), self._texts(sample, rng)
             except (ImageError, TextError) as error:
                 if self.config.bad_samples == "strict":
                     raise type(error)(f"Sample {index} of {self.source.name}: {error}") from error
-                del views[len(samples) :]
-                skipped.append(f"{index}: {error}")
-        if not samples:
-            raise DataError(f"None of the {len(request.indices)} samples of a batch could be used. First: {skipped[0]}")
+                skipped[index] = f"{index}: {error}"
+        if not made:
+            first = skipped[request.indices[0]]
+            raise DataError(f"None of the {len(request.indices)} samples of a batch could be used. First: {first}")
+        samples, views, texts = zip(*(made[index] for index in request.indices if index in made), strict=True)
         batch = Batch(
             keys=tuple(sample.key for sample in samples),
             images=tuple(
@@ -320,13 +367,17 @@ class BatchMaker(Dataset[tuple[Request, Batch]]):
                 for column, cached in zip(zip(*texts, strict=True), self.cached.texts, strict=True)
             ),
             group=hash_strings(sample.group for sample in samples),
-            skipped=tuple(skipped),
+            skipped=tuple(skipped[index] for index in request.indices if index in skipped),
         )
         return request, batch
 
     def some(self, indices: Sequence[int]) -> Batch:
         """Return a batch of a few samples as the first epoch shows them, for a look ahead."""
         return self[Request(0, tuple(indices), Position())][1]
+
+    def pixels(self, index: int) -> UInt8[Tensor, "h w 3"]:
+        """Return one image, whole, as its views are made from."""
+        return torch.from_numpy(np.array(self._decode(self.source[index])))
 
     def view(self, index: int, epoch: int, place: int) -> Tensor:
         """Return one view of one sample, as the batches of an epoch show it."""
@@ -338,7 +389,7 @@ class BatchMaker(Dataset[tuple[Request, Batch]]):
 
     def _views(self, sample: Sample, index: int, epoch: int, rng: np.random.Generator) -> list[Any]:
         """Return pixels of each view; of a view that is looked up, its place in the store."""
-        image = None if all(self.cached.views) else self._decode(sample)
+        image = None if all(self.cached.views) else self._image(sample, index)
         found: list[Any] = []
         for view, cached in zip(self.config.views, self.cached.views, strict=True):
             if cached is None:
@@ -348,6 +399,11 @@ class BatchMaker(Dataset[tuple[Request, Batch]]):
                 pass_over(view, rng)  # so that texts, drawn next, are those of a run without a cache
                 found.append(cached.row(epoch, index))
         return found
+
+    def _image(self, sample: Sample, index: int) -> Image.Image:
+        if self.cached.images is not None:
+            return decode(self.cached.images.pixels(index))
+        return self._decode(sample)
 
     def _decode(self, sample: Sample) -> Image.Image:
         if sample.image is None:

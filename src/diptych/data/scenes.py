@@ -40,6 +40,9 @@ SIZES = {"small": 0.62, "": 0.9, "large": 1.15}
 ANGLES = {"": 0, "tilted": 40, "upside-down": 180}
 STYLES = ("colour", "sketch", "silhouette", "faded")
 SPLITS = ("train", "validation", "test")
+MOST_PLACES = 9
+"""Of a scene's grid, three by three."""
+_TRIES = 10_000
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
@@ -77,6 +80,24 @@ class SceneConfig:
     styles: tuple[Literal["colour", "sketch", "silhouette", "faded"], ...] = ("colour",)
     held_out: float = 0.0
     hard_negatives: bool = False
+
+    def __post_init__(self) -> None:
+        least, most = self.things
+        rates = {name: getattr(self, name) for name in ("tint_rate", "size_rate", "rotation_rate", "held_out")}
+        wrong = [f"{name} must be in [0, 1], not {rate}" for name, rate in rates.items() if not 0 <= rate <= 1]
+        if self.size < 16:
+            wrong.append(f"size must be at least 16 pixels, not {self.size}")
+        if not 1 <= least <= most:
+            wrong.append(f"things must be two numbers with 1 <= least <= most, not {self.things}")
+        if not 1 <= self.copies < len(NUMBERS):
+            wrong.append(f"copies must be from 1 to {len(NUMBERS) - 1}, not {self.copies}")
+        if most * self.copies > MOST_PLACES:
+            wrong.append(f"{most} things of {self.copies} copies do not fit: a scene has {MOST_PLACES} places")
+        if not most < self.nouns <= len(NOUNS):
+            wrong.append(f"nouns must be more than things and at most {len(NOUNS)}, not {self.nouns}")
+        wrong += [f"{name} must name at least one" for name in ("backgrounds", "styles") if not getattr(self, name)]
+        if wrong:
+            raise ConfigError(f"Scenes cannot be drawn: {'; '.join(wrong)}.")
 
 
 @dataclass(frozen=True)
@@ -239,14 +260,23 @@ def shows_held_out(nouns: Sequence[str], share: float) -> bool:
 
 
 def draw_plan(rng: np.random.Generator, config: SceneConfig, split: str) -> Plan:
-    """Return a random plan; with `held_out`, train never shows a held-out pair of nouns and test always does."""
-    while True:
+    """Return a random plan; with `held_out`, train never shows a held-out pair of nouns and test always does.
+
+    Raises:
+        ConfigError: If `held_out` leaves no such plan to draw.
+    """
+    for _ in range(_TRIES):
         kinds = int(rng.integers(config.things[0], config.things[1] + 1))
         if split == "test" and config.held_out > 0:
             kinds = max(2, kinds)
         nouns = [NOUNS[i] for i in rng.choice(config.nouns, size=kinds, replace=False)]
         if config.held_out == 0 or shows_held_out(nouns, config.held_out) == (split == "test"):
             break
+    else:
+        raise ConfigError(
+            f"No scene for {split} was found in {_TRIES:,} draws: held_out {config.held_out} of the pairs of {config.nouns} nouns leaves too few. "
+            "Change held_out, or raise nouns."
+        )
     copies = [1 + int(rng.integers(config.copies)) if rng.random() < 0.3 else 1 for _ in nouns]
     centres = draw_centres(rng, sum(copies))
     things = []

@@ -4,20 +4,25 @@ import bisect
 import glob
 import hashlib
 import itertools
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Float64
 
 from diptych.data.columns import Columns as Columns
 from diptych.data.columns import role_of, sniff
 from diptych.data.images import decode
+from diptych.data.parquet import RowGroups, holds_bytes, holds_places, large_groups, places
 from diptych.data.rows import count_without_text, image_folder, join_captions, only_part, with_keys, without_categories
-from diptych.data.tables import join_tables, read_folder
+from diptych.data.tables import join_tables, read_folder, some
 from diptych.data.tar import is_tar, read_tars
 from diptych.errors import DataError, ImageError, nearest, require
 from diptych.types import Sample, Text
@@ -29,10 +34,12 @@ class AbstractSource(ABC):
     Attributes:
         name: For logs and reports.
         notes: What was assumed when the source was opened, as plain sentences; shown to the user.
+        chances: How likely each sample is to be in an epoch, in [0, 1]; None when all are in every one.
     """
 
     name: str
     notes: tuple[str, ...] = ()
+    chances: Float64[np.ndarray, " n"] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -62,6 +69,8 @@ class AbstractSource(ABC):
         digest = hashlib.blake2b(f"{self.name}:{len(self)}".encode(), digest_size=8)
         for index in range(len(self)):
             digest.update("\x1f".join(text.text for text in self.texts(index)).encode())
+        if self.chances is not None:
+            digest.update(self.chances.tobytes())
         return digest.hexdigest()
 
 
@@ -90,6 +99,7 @@ class Subset(AbstractSource):
         self.indices = list(indices)
         self.name = name
         self.notes = source.notes
+        self.chances = None if source.chances is None else source.chances[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -114,6 +124,9 @@ class Joined(AbstractSource):
         self.name = "+".join(source.name for source in sources)
         self.notes = tuple(note for source in sources for note in source.notes)
         self._ends = list(itertools.accumulate(map(len, sources)))
+        if any(source.chances is not None for source in sources):
+            of_each = (np.ones(len(source)) if source.chances is None else source.chances for source in sources)
+            self.chances = np.concatenate(list(of_each))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -137,15 +150,66 @@ class Joined(AbstractSource):
         return self.sources[place], index - (self._ends[place - 1] if place else 0)
 
 
+class WithChances(AbstractSource):
+    """Another source, of which every epoch shows some samples, drawn anew with these chances."""
+
+    def __init__(self, source: AbstractSource, chances: Float64[np.ndarray, " n"]) -> None:
+        """Make the source.
+
+        Args:
+            source: Stays as it is.
+            chances: How likely each sample is to be in an epoch, in [0, 1].
+
+        Raises:
+            DataError: If there are not as many as samples, or one is out of range.
+        """
+        if len(chances) != len(source) or not ((chances >= 0) & (chances <= 1)).all():
+            raise DataError(
+                f"{source.name} has {len(source):,} samples, so it needs as many chances between 0 and 1; {len(chances):,} came"
+                + (f", from {chances.min():g} to {chances.max():g}." if len(chances) else ".")
+            )
+        self.source, self.chances = source, chances
+        self.name, self.notes = source.name, source.notes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[index]
+
+    def without_image(self, index: int) -> Sample:
+        """Return one sample without its image."""
+        return self.source.without_image(index)
+
+    def texts(self, index: int) -> tuple[Text, ...]:
+        """Return the texts of one sample."""
+        return self.source.texts(index)
+
+
 def _prefixed(sample: Sample, name: str) -> Sample:
     return replace(sample, key=f"{name}/{sample.key}", group=f"{name}/{sample.group}")
 
 
 class TableSource(AbstractSource):
-    """Rows of an Arrow table. Images are read when a sample is; nothing is kept open, so a copy works in any process."""
+    """Rows of an Arrow table. Images are read when a sample is; nothing is kept open, so a copy works in any process.
 
-    def __init__(self, table: pa.Table, columns: Columns, folder: Path, name: str, notes: tuple[str, ...] = ()) -> None:
+    Attributes:
+        table: One row per sample. An image cell that holds a `row` only says where the image is.
+        cell: Returns what is there.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table,
+        columns: Columns,
+        folder: Path,
+        name: str,
+        notes: tuple[str, ...] = (),
+        *,
+        cell: Callable[[Mapping[str, Any]], Any] | None = None,
+    ) -> None:
         self.table, self.columns, self.folder, self.name, self.notes = table, columns, folder, name, notes
+        self.cell = cell or RowGroups()
         roles = [role_of(column) for column in columns.texts]
         if roles and all(role == "translation" for role, _ in roles):
             roles[0] = ("caption", roles[0][1])
@@ -189,6 +253,8 @@ class TableSource(AbstractSource):
         """Return the encoded bytes behind an image cell."""
         if isinstance(value, dict) and "offset" in value:
             return _read(Path(value["file"]), value["offset"], value["size"])
+        if isinstance(value, dict) and "row" in value:
+            value = self.cell(value)
         if isinstance(value, dict):
             value = value["bytes"] if value.get("bytes") is not None else value.get("path")
         if value is None or isinstance(value, bytes):
@@ -222,9 +288,9 @@ def open_source(spec: str | Path, *, columns: Columns | None = None, split: str 
 
     Args:
         spec: A folder (a.jpg with a.txt, one folder per class, images with a table, parquet files, tar shards), a csv, tsv, jsonl,
-            parquet or tar file, a pattern such as `shards/*.tar`, `hf:` and a data set of the `datasets` library, a bundle in
-            `DIPTYCH_DATA` such as `flickr8k-1k`, `openmoji`, or `scenes`. `:train` behind any of them names a part;
-            `a+b` puts one after the other.
+            parquet or tar file, a pattern such as `shards/*.tar` or `shards/{000..127}.tar`, `hf:` and a data set of the `datasets`
+            library, a bundle in `DIPTYCH_DATA` such as `flickr8k-1k`, `openmoji`, or `scenes`. `:train` behind any of them names a
+            part; `a+b` puts one after the other.
         columns: What is said here is not guessed; None guesses all.
         split: Which rows, if the table has a split column; `name:split` says the same.
 
@@ -233,13 +299,12 @@ def open_source(spec: str | Path, *, columns: Columns | None = None, split: str 
         ColumnError: If a named column is missing.
     """
     text = str(spec)
-    if text and Path(text).exists():
-        return _from_path(Path(text), columns, split)
-    if paths := sorted(map(Path, glob.glob(text))):
-        return _from_files(paths, text, columns, split)
     base, _, part = text.rpartition(":")
-    if base and Path(base).exists():
-        return _from_path(Path(base), columns, split or part)
+    for pattern, rows in ((text, split), (base, split or part)):
+        if (paths := _matching(pattern)) == [Path(pattern)]:
+            return _from_path(paths[0], columns, rows)
+        if paths:
+            return _from_files(paths, pattern, columns, rows)
     if "+" in text:
         return Joined([open_source(one, columns=columns, split=split) for one in text.split("+")])
     if text.startswith("hf:"):
@@ -248,6 +313,37 @@ def open_source(spec: str | Path, *, columns: Columns | None = None, split: str 
         raise DataError(f"There is no file or folder {text}.")
     name, _, part = text.partition(":")
     return _named(name, split or part or None, columns)
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Return the files and folders that a path or a pattern stands for.
+
+    Raises:
+        DataError: If ranges or lists in braces stand for some that are there and some that are not.
+    """
+    if Path(pattern).exists():
+        return [Path(pattern)] if pattern else []
+    names = expand_braces(pattern)
+    found = {name: sorted(map(Path, glob.glob(name))) for name in names}
+    if any(found.values()) and (absent := [name for name, paths in found.items() if not paths]):
+        raise DataError(
+            f"{pattern} stands for {len(names):,} names, of which {len(absent):,} are not there: {some(absent)}."
+        )
+    return [path for paths in found.values() for path in paths]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern stands for: `{08..11}` counts, with as many digits, and `{a,b}` lists, as in a shell."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{},]*(?:,[^{},]*)+))\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last, words = found.groups()
+    inside = (
+        words.split(",")
+        if words is not None
+        else [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    )
+    return [n for word in inside for n in expand_braces(pattern[: found.start()] + word + pattern[found.end() :])]
 
 
 def _from_path(path: Path, columns: Columns | None, split: str | None) -> AbstractSource:
@@ -274,6 +370,7 @@ def from_table(
     columns: Columns | None = None,
     split: str | None = None,
     notes: tuple[str, ...] = (),
+    cell: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> AbstractSource:
     """Return a source over a table whose columns are named by `columns` or found out, with notes on what was assumed.
 
@@ -284,6 +381,7 @@ def from_table(
         columns: What is said here is not guessed; None guesses all.
         split: Which rows, by the split column.
         notes: Sentences to put before those on the columns.
+        cell: Returns the image at a place in the image column; None where places are in parquet files.
 
     Raises:
         ColumnError: If a named column is missing, or a split is named and there is no split column.
@@ -305,12 +403,14 @@ def from_table(
     base = image_folder(joined, found.image, folder)
     if base != folder:
         notes += (f"Image paths are relative to {base}.",)
+    if cell is None and found.image is not None and holds_places(table[found.image].type):
+        notes += large_groups(table[found.image])
     keyed, found, repeats = with_keys(joined, found)
-    return TableSource(keyed, found, base, name, (*notes, *repeats))
+    return TableSource(keyed, found, base, name, (*notes, *repeats), cell=cell)
 
 
 def from_datasets(dataset: Any, *, columns: Columns | None = None, name: str = "dataset") -> AbstractSource:
-    """Return a source over a `datasets.Dataset`; images stay encoded, class numbers become names."""
+    """Return a source over a `datasets.Dataset`; images stay where they are, encoded, and class numbers become names."""
     datasets = require("datasets", "hf")
     classes = {}
     for column, feature in dataset.features.items():
@@ -318,12 +418,19 @@ def from_datasets(dataset: Any, *, columns: Columns | None = None, name: str = "
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
         elif isinstance(feature, datasets.ClassLabel):
             classes[column] = feature.names
-    table = dataset.with_format("arrow")[:]
+    dataset, schema = dataset.with_format("arrow"), list(dataset.features.arrow_schema)
+    light = dataset.select_columns([field.name for field in schema if not holds_bytes(field.type)])[:]
+    row = np.arange(len(dataset))
+    table = pa.table({f.name: places(row, column=f.name) if holds_bytes(f.type) else light[f.name] for f in schema})
     for column, names in classes.items():
         number = table[column]  # -1 is the library's sign for unlabelled
         labels = pa.array(names, pa.string()).take(pc.if_else(pc.less(number, 0), None, number))
         table = table.set_column(table.column_names.index(column), column, labels)
-    return from_table(table, Path(), name, columns=columns)
+    return from_table(table, Path(), name, columns=columns, cell=partial(_dataset_cell, dataset))
+
+
+def _dataset_cell(dataset: Any, place: Mapping[str, Any]) -> Any:
+    return dataset[place["row"]][place["column"]][0].as_py()
 
 
 def describe(source: AbstractSource, *, count: int = 3) -> Iterator[str]:

@@ -31,6 +31,7 @@ class TensorStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._opened: dict[str, Mapping[str, Tensor]] = {}
         self._names = [path.name for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))]
         self._open()
 
@@ -43,6 +44,7 @@ class TensorStore:
 
     def __setstate__(self, state: tuple[Path, list[str]]) -> None:
         self.folder, self._names = state
+        self._opened = {}
         self._open()
 
     @property
@@ -122,13 +124,14 @@ class TensorStore:
             raise OSError(str(error)) from error
         if name not in self._names:
             self._names.append(name)
+        self._opened.pop(name, None)
         self._open()
 
     def _open(self) -> None:
-        shards = {name: _map(self.folder / name) for name in self._names}
         # A damaged shard counts as absent: what was in it is made again, under the same name.
-        self._names = [name for name, shard in shards.items() if shard is not None]
-        self._shards = [shard for shard in shards.values() if shard is not None]
+        found = {name: self._opened.get(name) or _map(self.folder / name) for name in self._names}
+        self._opened = {name: shard for name, shard in found.items() if shard is not None}
+        self._names, self._shards = list(self._opened), list(self._opened.values())
         self._ends = torch.tensor([len(shard["keys"]) for shard in self._shards], dtype=torch.int64).cumsum(0)
         keys = torch.cat([shard["keys"] for shard in self._shards] or [torch.empty(0, dtype=torch.int64)])
         self._keys, self._rows = keys.sort(stable=True)

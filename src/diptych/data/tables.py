@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from diptych.data.parquet import read_parquet
 from diptych.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -26,7 +26,7 @@ def is_image_name(name: str) -> bool:
 
 
 def read_table(path: Path) -> pa.Table:
-    """Return a csv, tsv, jsonl or parquet file as an Arrow table.
+    """Return a csv, tsv, jsonl or parquet file as an Arrow table; bytes in a parquet file stay on the disk, see `read_parquet`.
 
     Text that is not UTF-8 is refused, never repaired: a replaced character would be trained on without anyone noticing.
 
@@ -67,7 +67,7 @@ def _undecodable(path: Path) -> int:
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    table = pq.read_table(path, memory_map=True)
+    table = read_parquet(path)
     for name, column in zip(table.column_names, table.columns, strict=True):
         try:
             column.validate(
@@ -179,7 +179,7 @@ def read_folder(folder: Path) -> tuple[pa.Table, str]:
     """
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLE_SUFFIXES)
     if tables and all(path.suffix == ".parquet" for path in tables):
-        return join_tables(tables), f"{len(tables)} parquet files: {_some([path.name for path in tables])}."
+        return join_tables(tables), f"{len(tables)} parquet files: {some([path.name for path in tables])}."
     if len(tables) > 1:
         preferred = [path for path in tables if path.stem in _PREFERRED]
         if len(preferred) != 1:
@@ -209,7 +209,7 @@ def _describe_images(folder: Path, images: list[Path]) -> tuple[pa.Table, str]:
         note = f"Images with text files of the same name: {found:,} of {len(images):,} have one."
     elif all(labels):
         columns["label"] = labels
-        note = f"One folder per class: {_some(sorted(set(map(str, labels))))}."
+        note = f"One folder per class: {some(sorted(set(map(str, labels))))}."
     else:
         note = "Images without any text."
     return pa.table(columns), note
@@ -227,5 +227,6 @@ def text_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Return the first five names in words."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
