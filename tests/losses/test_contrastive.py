@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from diptych.losses.contrastive import info_nce, shared_positives, sigmoid_loss
+from by_hand import embeddings, pairs
+from diptych.losses.contrastive import info_nce, info_nce_per_text, shared_positives, sigmoid_loss
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -161,3 +162,19 @@ def test_reference_is_torch_cross_entropy():
     target = torch.arange(8)
     expected = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
     assert info_nce(image, text, 20.0).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("multi_positive", [True, False])
+def test_each_text_column_has_its_own_positives_and_the_mean_is_returned(multi_positive):
+    encoded, batch = embeddings(4), pairs([0, 1, 2, 0], [5, 6, 6, 7], [1, 2, 3, 4])
+    image, one, two = encoded.images[0], encoded.texts[0], embeddings(5).texts[0][:4]
+    shared = [torch.eye(4, dtype=torch.bool) for _ in range(2)]
+    if multi_positive:
+        for positives in shared:
+            positives[0, 3] = positives[3, 0] = True
+        shared[0][1, 2] = shared[0][2, 1] = True
+    first, second = (info_nce(image, text, 7.0, positives=p) for text, p in zip((one, two), shared, strict=True))
+    found = info_nce_per_text(image, (one, two), batch, 7.0, multi_positive=multi_positive)
+    torch.testing.assert_close(found, (first + second) / 2)
+    alone = info_nce_per_text(image, (one,), batch, 7.0, multi_positive=multi_positive)
+    torch.testing.assert_close(alone, first)  # columns that are not given do not count

@@ -1,9 +1,17 @@
+import json
 import math
 
 import pytest
 import torch
 
-from diptych.losses.distill import cross_entropy_of_views, moved_centre, teacher_distribution, used_share, warmed_up
+from diptych.losses.distill import (
+    cross_entropy_of_views,
+    moved_centre,
+    soft_cross_entropy,
+    teacher_distribution,
+    used_share,
+    warmed_up,
+)
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,3 +85,40 @@ def test_used_share():
     assert used_share(torch.eye(8)).item() == pytest.approx(1)  # each sample its own output
     assert used_share(torch.eye(8)[[3] * 8]).item() == 0
     assert used_share(torch.eye(4)[[0, 1] * 2]).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("case", ["distill_T2", "distill_T1", "distill_equal", "distill_f32"])
+def test_official_soft_cross_entropy(golden, case):
+    numbers = {name: torch.from_numpy(v) for name, v in golden("zscl", case).items() if name != "settings"}
+    temperature = json.loads(str(golden("zscl", case)["settings"]))["T"]
+    close = {"rtol": 1e-4, "atol": 1e-6} if case.endswith("f32") else {"rtol": 1e-8, "atol": 1e-12}
+    for side, turn in (("image", lambda logits: logits), ("text", lambda logits: logits.T)):
+        student = numbers["student_logits"].clone().requires_grad_()
+        found = soft_cross_entropy(turn(student), turn(numbers["teacher_logits"]), temperature)
+        (gradient,) = torch.autograd.grad(found, student)
+        torch.testing.assert_close(found, numbers[f"loss_{side}"], **close)
+        torch.testing.assert_close(gradient, numbers[f"grad_{side}"], **close)
+
+
+def test_a_student_that_agrees_costs_the_entropy_and_gets_no_gradient():
+    teacher = logits(5, 7)
+    student = (teacher + 3.0).requires_grad_()
+    found = soft_cross_entropy(student, teacher, 2.0)
+    entropy = torch.special.entr((teacher / 2).softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(found, 4 * entropy)
+    (gradient,) = torch.autograd.grad(found, student)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+
+
+def test_a_student_that_says_nothing_costs_log_k_times_the_squared_temperature():
+    found = soft_cross_entropy(torch.zeros(5, 7), logits(5, 7).float(), 2.0)
+    assert found.item() == pytest.approx(4 * math.log(7), rel=1e-6)
+
+
+def test_the_least_cost_is_where_the_distributions_agree():
+    # The teacher's (0.6, 0.4): roles exchanged, the least would be at a student that is sure of the first output.
+    teacher = torch.tensor([[0.6, 0.4]], dtype=torch.float64).log()
+    shares = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    costs = torch.stack([soft_cross_entropy(torch.stack([p, 1 - p]).log()[None], teacher, 1.0) for p in shares])
+    assert shares[costs.argmin()].item() == pytest.approx(0.6)
+    assert costs.min().item() == pytest.approx(0.6730, abs=1e-4)

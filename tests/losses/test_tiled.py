@@ -1,3 +1,5 @@
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -142,6 +145,20 @@ def test_fp32_is_within_a_hundred_thousandth_of_fp64_on_hard_inputs(loss, case, 
         assert float((one - other).norm() / other.norm()) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("n", [512, 2048])
+def test_fp32_is_within_a_hundred_thousandth_of_fp64_where_it_is_the_default(loss, case, n):
+    """Fewer samples than 512 take the plain form on a CPU."""
+    values, positives = hard(case, n)
+    values = [value.float() for value in values]
+    expected = gradients(loss, values, positives, form="plain")
+    found = gradients(loss, values, positives, form="tiled", dtype=torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("case", "needed"),
     [("all opposite", True), ("not normalised", True), ("opposite", False), ("random", False), ("one group", False)],
@@ -182,6 +199,23 @@ def test_autocast_changes_nothing(loss):
     expected = gradients(loss, values, None, form="tiled", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(loss, values, None, form="tiled", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_around_the_public_functions_changes_nothing(loss, monkeypatch):
+    monkeypatch.setitem(TILED_FROM, "cpu", 0)
+    image, text = unit(20, 8).bfloat16().requires_grad_(), unit(20, 8, seed=1).bfloat16().requires_grad_()
+    rest = (torch.tensor(7.0),) if loss == "info_nce" else (torch.tensor(7.0), torch.tensor(-5.0))
+
+    def run() -> tuple[Tensor, ...]:
+        value = (info_nce if loss == "info_nce" else sigmoid_loss)(image, text, *rest)
+        return value.detach(), *torch.autograd.grad(value, (image, text))
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    assert found[0].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -298,8 +332,8 @@ def resident(which):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
-def run(n):
-    image, text = torch.randn(2, n, 64).div(8).unbind()
+def run(n, d=64):
+    image, text = torch.randn(2, n, d).div(d**0.5).unbind()
     group = torch.arange(n) // 2
     before = resident("VmRSS")
     rest = (torch.tensor(10.0), torch.tensor(-5.0))[: 1 if sys.argv[1] == "info_nce" else 2]
@@ -307,10 +341,14 @@ def run(n):
     loss(image.requires_grad_(), text.requires_grad_(), *rest, positives=Positives(group, torch.arange(n))).backward()
     return resident("VmHWM") - before
 
-for start in (0, 10**9):
-    TILED_FROM["cpu"] = start
-    run(512)
-    print(run(4096))
+if len(sys.argv) > 2:
+    run(512, 512)
+    print(run(8192, 512))
+else:
+    for start in (0, 10**9):
+        TILED_FROM["cpu"] = start
+        run(512)
+        print(run(4096))
 """
 
 
@@ -323,6 +361,90 @@ def test_memory(loss):
     block_by_block, plain = map(float, found.stdout.split())
     assert block_by_block < 40
     assert plain > 250
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_memory_of_a_large_batch(loss):
+    """8192 x 8192 cells are 256 MB. Both gradients, 32 MB, are counted; the inputs are not."""
+    command = [sys.executable, "-c", CHILD, loss, "large"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1"})
+    assert float(found.stdout) < 100
+
+
+# What each of two processes does: encode its rows, gather, and take the loss of all block by block.
+GATHERED = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+from diptych.losses import tiled
+from diptych.losses.contrastive import TILED_FROM, info_nce, sigmoid_loss
+from diptych.losses.positives import Positives
+from diptych.training import distributed
+
+class Towers(torch.nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.image, self.text, self.scale, self.bias = (torch.nn.Parameter(weights[name]) for name in
+                                                        ("image_weight", "text_weight", "scale", "bias"))
+
+folder, loss, form = sys.argv[1:]
+TILED_FROM["cpu"], tiled.BLOCK = (0 if form == "tiled" else 10**9), 4
+given = load_file(f"{folder}/given.safetensors")
+with distributed.processes(torch.device("cpu")):
+    rank, world = distributed.part()
+    own = slice(0, None) if world == 1 else (slice(0, 8), slice(8, None))[rank]
+    towers = Towers(given)
+    pairs = [normalize(given[side][own] @ getattr(towers, side), dim=-1) for side in ("image", "text")]
+    positives = distributed.gather(Positives(given["group"][own], given["text_key"][own]))
+    rest = (towers.scale,) if loss == "info_nce" else (towers.scale, towers.bias)
+    value = (info_nce if loss == "info_nce" else sigmoid_loss)(*map(distributed.gather, pairs), *rest, positives=positives)
+    value.backward()
+    distributed.average_gradients(towers)
+    found = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None} | {"loss": value.detach()}
+    save_file(found, f"{folder}/{form}-{world}-{rank}.safetensors")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_have_the_gradients_of_one(loss, tmp_path):
+    """Of all samples, gathered from parts of different sizes; one process with the plain form is the reference."""
+    n, d = 13, 6
+    made = some_positives(n)
+    values = {
+        "image": unit(n, d),
+        "text": unit(n, d, seed=1),
+        "image_weight": unit(d, 5, seed=2),
+        "text_weight": unit(d, 5, seed=3),
+        "scale": torch.tensor(9.0).double(),
+        "bias": torch.tensor(-3.0).double(),
+        "group": made.group,
+        "text_key": made.text_key,
+    }
+    save_file(values, tmp_path / "given.safetensors")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", GATHERED, str(tmp_path), loss, form],
+            env=shared | {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for form, world, rank in (("plain", 1, 0), ("tiled", 2, 0), ("tiled", 2, 1))
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(errors)
+    expected = load_file(tmp_path / "plain-1-0.safetensors")
+    assert set(expected) == {"image", "text", "scale", "loss", *(["bias"] if loss == "sigmoid" else [])}
+    for rank in range(2):
+        found = load_file(tmp_path / f"tiled-2-{rank}.safetensors")
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

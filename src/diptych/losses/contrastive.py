@@ -2,20 +2,53 @@
 
 The seam is always the same: `image` and `text` are L2-normalised [n, d] and row i of one belongs to row i of the other;
 logits are scale * image @ text^T + bias. Small batches take the plain form that is written here, which holds the n x n matrix; large ones go
-through `tiled`, which does not. Values and gradients are the same up to rounding.
+through `tiled`, which does not, or through `fused`, its kernels for GPUs, if asked. Values and gradients are the same up to rounding.
 """
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from diptych.errors import require
+from diptych.losses.full import full
 from diptych.losses.positives import Positives
 from diptych.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
+from diptych.types import Batch
 
 TILED_FROM = {"cpu": 512, "cuda": 8192}
-"""Samples from which the losses are computed block by block. On CPU that takes less time from about 300 on (benchmarks/loss.py); on CUDA
+"""Samples from which the losses are computed block by block. On CPU that takes less time from about 300 on (`diptych bench loss`); on CUDA
 the number is a guess by memory, not measured. Other devices always take the plain form."""
+
+FUSED_FROM: int | None = None
+"""Samples from which fp32 losses on CUDA take the kernels of `fused`; None: never, because nobody has run them on a GPU yet. To try them:
+`from diptych.losses import contrastive; contrastive.FUSED_FROM = 1024`, with the extra `triton` installed."""
+
+Form = Literal["plain", "tiled", "fused"]
+
+
+def choose_form(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Form, str]:
+    """Return how a loss of n samples is computed, and why.
+
+    Positives as a matrix and options of `info_nce` take the plain form whatever this says.
+
+    Args:
+        n: Samples of the loss, of all processes together.
+        device: Where the embeddings lie.
+        dtype: Of the computation: fp64 for fp64 embeddings, fp32 for all others.
+    """
+    kind = device.type
+    if FUSED_FROM is not None and kind == "cuda" and dtype == torch.float32 and n >= FUSED_FROM:
+        return "fused", f"fused kernels: {n} samples on {kind}, asked for from FUSED_FROM = {FUSED_FROM} on"
+    if kind not in TILED_FROM:
+        return "plain", f"the whole matrix: nothing else was tried on {kind}"
+    if n < TILED_FROM[kind]:
+        return "plain", f"the whole matrix: {n} samples on {kind}, fewer than TILED_FROM = {TILED_FROM[kind]}"
+    return "tiled", f"block by block: {n} samples on {kind}, from TILED_FROM = {TILED_FROM[kind]} on"
 
 
 def info_nce(
@@ -51,10 +84,12 @@ def info_nce(
     Source: Radford et al. 2021, figure 3; Khosla et al. 2020, equation 2.
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text = _full(image), _full(text)
+        image, text = full(image), full(text)
+        form, _ = choose_form(len(image), image.device, image.dtype)
         plain = ignored is None and label_smoothing == 0 and candidate_gradient
-        if plain and not isinstance(positives, Tensor) and _large(image):
-            return tiled_info_nce(image, text, _like(scale, image), positives)
+        if form != "plain" and plain and not isinstance(positives, Tensor):
+            without_matrix = tiled_info_nce if form == "tiled" else _fused().fused_info_nce
+            return without_matrix(image, text, _like(scale, image), positives)
         if isinstance(positives, Positives):
             positives = positives.matrix()
         logits = scale * image @ text.T
@@ -101,15 +136,41 @@ def sigmoid_loss(
     Source: Zhai et al. 2023, section 3.2, algorithm 1.
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text = _full(image), _full(text)
-        if not isinstance(positives, Tensor) and _large(image):
-            return tiled_sigmoid_loss(image, text, _like(scale, image), _like(bias, image), positives)
+        image, text = full(image), full(text)
+        form, _ = choose_form(len(image), image.device, image.dtype)
+        if form != "plain" and not isinstance(positives, Tensor):
+            without_matrix = tiled_sigmoid_loss if form == "tiled" else _fused().fused_sigmoid_loss
+            return without_matrix(image, text, _like(scale, image), _like(bias, image), positives)
         logits = scale * image @ text.T + bias
         if isinstance(positives, Positives):
             positives = positives.matrix()
         if positives is None:
             positives = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         return -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / len(logits)
+
+
+def info_nce_per_text(
+    image: Float[Tensor, "n d"],
+    texts: Sequence[Float[Tensor, "n d"]],
+    batch: Batch,
+    scale: Float[Tensor, ""] | float,
+    *,
+    multi_positive: bool,
+) -> Float[Tensor, ""]:
+    """Return InfoNCE of one view with each text column, averaged over the columns; log n at chance.
+
+    Args:
+        image: Normalised embeddings.
+        texts: Normalised embeddings, one tensor per text column of `batch`, from the first; at least one.
+        batch: Says which samples share a group, and which texts of a column are equal.
+        scale: 1 / temperature, > 0.
+        multi_positive: Such samples are positives of each other. False: the diagonal only.
+    """
+    losses = [
+        info_nce(image, text, scale, positives=shared_positives(batch.group, column.key) if multi_positive else None)
+        for text, column in zip(texts, batch.texts, strict=False)
+    ]
+    return torch.stack(losses).mean()
 
 
 def shared_positives(group: Int64[Tensor, " n"], text_key: Int64[Tensor, " n"]) -> Positives | None:
@@ -124,13 +185,11 @@ def shared_positives(group: Int64[Tensor, " n"], text_key: Int64[Tensor, " n"]) 
     return Positives(group, text_key)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Return at least fp32; fp64 stays, for gradient checks."""
-    return x if x.dtype == torch.float64 else x.float()
+def _fused() -> ModuleType:
+    require("triton", "triton")
+    from diptych.losses import fused
 
-
-def _large(image: Tensor) -> bool:
-    return len(image) >= TILED_FROM.get(image.device.type, len(image) + 1)
+    return fused
 
 
 def _like(number: Tensor | float, x: Tensor) -> Tensor:

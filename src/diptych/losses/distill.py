@@ -1,7 +1,8 @@
 """A student learns from the distribution that a teacher gives over K outputs. Pure functions of tensors, in fp32 whatever the autocast.
 
-Against collapse (every input the same output) the teacher's logits are centred, which keeps one output from winning everywhere, and
-sharpened by a low temperature, which keeps all outputs from becoming equal.
+A teacher that stands still needs `soft_cross_entropy` alone. Where it follows its student, both could collapse (every input the same
+output): the teacher's logits are then centred, which keeps one output from winning everywhere, and sharpened by a low temperature, which
+keeps all outputs from becoming equal.
 
 Source: Caron et al. 2021 (DINO), section 3.1 and algorithm 1.
 """
@@ -11,6 +12,8 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from diptych.losses.full import full
 
 
 def teacher_distribution(
@@ -24,7 +27,7 @@ def teacher_distribution(
         temperature: Above 0; small is sharp.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return ((_full(logits) - centre) / temperature).softmax(-1).detach()
+        return ((full(logits) - centre) / temperature).softmax(-1).detach()
 
 
 def cross_entropy_of_views(
@@ -46,9 +49,32 @@ def cross_entropy_of_views(
     """
     views, teachers = student.shape[1], target.shape[1]
     with torch.autocast(student.device.type, enabled=False):
-        cost = -_full(target) @ (_full(student) / temperature).log_softmax(-1).mT  # [b g v]
+        cost = -full(target) @ (full(student) / temperature).log_softmax(-1).mT  # [b g v]
         own = torch.eye(teachers, views, dtype=torch.bool, device=cost.device)
         return cost.masked_fill(own, 0.0).sum((1, 2)) / (teachers * (views - 1))
+
+
+def soft_cross_entropy(
+    student: Float[Tensor, "n k"], teacher: Float[Tensor, "n k"], temperature: float
+) -> Float[Tensor, ""]:
+    """Return the cross-entropy from a teacher's softened distribution over k outputs to the student's, times T^2.
+
+    L = -T^2 mean_i sum_j softmax(teacher_i / T)_j log softmax(student_i / T)_j. The factor keeps the size of the gradient as T grows.
+
+    Args:
+        student: Logits, the scale included.
+        teacher: Logits; they get no gradient.
+        temperature: T, above 0.
+
+    Returns:
+        A scalar; T^2 log k when the student's logits are all equal; least, at T^2 times the mean entropy of the teacher, when the two differ by
+        a constant per row. 0 for k = 1.
+
+    Source: Hinton et al. 2015, section 2; Zheng et al. 2023 (ZSCL), equation 3.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        target = (full(teacher).detach() / temperature).softmax(-1)
+        return -(target * (full(student) / temperature).log_softmax(-1)).sum(-1).mean() * temperature**2
 
 
 def moved_centre(centre: Float[Tensor, " k"], mean_logits: Float[Tensor, " k"], momentum: float) -> Float[Tensor, " k"]:
@@ -61,7 +87,7 @@ def moved_centre(centre: Float[Tensor, " k"], mean_logits: Float[Tensor, " k"], 
 
     Source: Caron et al. 2021, equation 4.
     """
-    return momentum * centre + (1 - momentum) * _full(mean_logits).detach()
+    return momentum * centre + (1 - momentum) * full(mean_logits).detach()
 
 
 def warmed_up(step: int, start: float, end: float, steps: int) -> float:
@@ -82,10 +108,5 @@ def used_share(target: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
     Returns:
         A number in [0, 1]; 1 when all outputs are used alike, 0 when one takes everything (collapse).
     """
-    entropy: Tensor = torch.special.entr(_full(target).mean(0)).sum()
+    entropy: Tensor = torch.special.entr(full(target).mean(0)).sum()
     return entropy / math.log(target.shape[-1])
-
-
-def _full(x: Tensor) -> Tensor:
-    """Return at least fp32; fp64 stays, for gradient checks."""
-    return x if x.dtype == torch.float64 else x.float()

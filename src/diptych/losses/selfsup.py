@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from diptych.losses.full import full
+
 
 def cosine_regression(prediction: Float[Tensor, "n d"], target: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """Return how far predictions point away from their targets, which get no gradient.
@@ -25,7 +27,7 @@ def cosine_regression(prediction: Float[Tensor, "n d"], target: Float[Tensor, "n
     Source: Grill et al. 2020 (BYOL), equation 2; up to scale and shift Chen and He 2021 (SimSiam), equation 1.
     """
     with torch.autocast(prediction.device.type, enabled=False):
-        prediction, target = F.normalize(_full(prediction), dim=-1), F.normalize(_full(target).detach(), dim=-1)
+        prediction, target = F.normalize(full(prediction), dim=-1), F.normalize(full(target).detach(), dim=-1)
         return 2 - 2 * (prediction * target).sum(-1).mean()
 
 
@@ -47,7 +49,7 @@ def redundancy_reduction(
     Source: Zbontar et al. 2021 (Barlow Twins), equations 1 and 2.
     """
     with torch.autocast(first.device.type, enabled=False):
-        correlation = _full(first).T @ _full(second) / len(first)
+        correlation = full(first).T @ full(second) / len(first)
         diagonal = correlation.diagonal()
         others = correlation - torch.diag(diagonal)
         return (diagonal - 1).square().sum() + off_diagonal_weight * others.square().sum()
@@ -71,7 +73,7 @@ def sinkhorn(scores: Float[Tensor, "b k"], *, epsilon: float = 0.05, iterations:
     Source: Cuturi 2013; Caron et al. 2020 (SwAV), section 3.1.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        log_q = _full(scores) / epsilon
+        log_q = full(scores) / epsilon
         for _ in range(iterations):
             log_q = log_q - log_q.logsumexp(0, keepdim=True)
             log_q = log_q - log_q.logsumexp(1, keepdim=True)
@@ -93,9 +95,4 @@ def soft_cross_entropy(logits: Float[Tensor, "b k"], target: Float[Tensor, "b k"
     Source: Caron et al. 2020, equation 2.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(_full(logits), _full(target))
-
-
-def _full(x: Tensor) -> Tensor:
-    """Return at least fp32; fp64 stays, for gradient checks."""
-    return x if x.dtype == torch.float64 else x.float()
+        return F.cross_entropy(full(logits), full(target))

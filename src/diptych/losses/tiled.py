@@ -12,7 +12,7 @@ Cost of n pairs of d dimensions, forward and backward, beside the plain form tha
 
 The fourth product is paid for by passes that stay in cache, by one power for row sum and column sum together, by powers of 2 instead of e, and
 in the sigmoid loss by one logarithm for 32 cells. Duplicates add a comparison of the keys inside each block. Figures:
-benchmarks/results/loss.md. Written for eager PyTorch on CPU and CUDA; a fused kernel for GPUs is not part of it.
+benchmarks/results/loss.md. Written for eager PyTorch on CPU and CUDA; `fused` holds kernels for GPUs.
 """
 
 import math
@@ -80,7 +80,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         image, text, scale, share, *sums = ctx.saved_tensors
         rows, columns = PowerSums(*sums[:2]), PowerSums(*sums[2:])
         with _no_autocast(image):
@@ -120,7 +120,7 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         return *(None if part is None else gradient * part for part in ctx.saved_tensors), None, None
 
 
@@ -310,7 +310,7 @@ def _onednn_is_faster(x: Tensor) -> bool:
     )
 
 
-def _refuse_second_derivatives() -> None:
+def refuse_second_derivatives() -> None:
     """Stop where `once_differentiable` would let a gradient penalty go missing in silence."""
     if torch.is_grad_enabled():
         raise TrainingError(
