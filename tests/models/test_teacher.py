@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.models.teacher import Teacher
+from diptych.models.teacher import Frozen, Teacher
 
 
 def student() -> nn.Sequential:
@@ -52,3 +52,18 @@ def test_buffers_are_copied_on_request():
     copied.follow(one, 0.9)
     assert torch.equal(copied.module[1].running_mean, one[1].running_mean)
     assert torch.equal(kept.module[1].running_mean, torch.zeros(2))
+
+
+def test_a_frozen_copy_stays_what_it_was():
+    student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    objective = nn.ModuleList([student, copy := Frozen(student)])
+    objective.train()
+    before = {name: value.clone() for name, value in copy.state_dict().items()}
+    assert not any(module.training for module in copy.modules()) and student.training
+    assert not any(parameter.requires_grad for parameter in copy.parameters())
+    x = torch.randn(8, 3)
+    with torch.no_grad():
+        student[0].weight.add_(1.0)
+        assert torch.equal(copy.module(x), copy.module(x))
+    assert all(torch.equal(value, before[name]) for name, value in copy.state_dict().items())
+    assert {name for name in objective.state_dict() if name.startswith("1.")} == {f"1.{name}" for name in before}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from diptych.errors import CheckpointError, ConfigError, TextError
 from diptych.models.foreign import HFTextConfig, HFTextTower, TimmConfig, TimmTower, load_source
 from diptych.models.text import TextConfig, TextTransformer
-from diptych.models.vision import VisionConfig, VisionTransformer
+from diptych.models.vision import VisionConfig, VisionTransformer, dropping_patches, keep_patches
 
 VISION = VisionConfig(image_size=12, patch_size=4, width=16, depth=2, heads=2, mlp_width=24)
 TEXT = TextConfig(vocabulary=50, length=8, width=16, depth=2, heads=2, mlp_width=24)
@@ -204,7 +204,85 @@ def test_too_long_a_text_is_refused():
     assert text_tower()(*tokens(8)).pooled.shape == (1, 16)
 
 
+# --- patches left out in training ---
+
+
+def test_a_random_share_of_the_patches_is_kept_in_order_and_what_comes_first_stays():
+    stream = torch.arange(5 * 13.0).view(5, 13, 1)
+    torch.manual_seed(0)
+    found = keep_patches(stream, 0.5, first=1)[..., 0] - stream[:, :1, 0]
+    assert found.shape == (5, 1 + 6) and not found[:, 0].any()
+    assert (found.diff() > 0).all() and found.max() <= 12
+    assert len({tuple(row.tolist()) for row in found}) == 5  # another draw for each sample
+    counts = torch.zeros(13)
+    for _ in range(400):
+        counts += torch.bincount((keep_patches(stream[:1], 0.75, first=1)[0, 1:, 0]).long(), minlength=13)
+    assert counts[0] == 0 and (counts[1:] / 400 - 0.25).abs().max() < 0.1  # 4.6 standard deviations of 0.0217
+    assert keep_patches(stream, 0.99, first=1).shape[1] == 2
+
+
+def test_gradients_reach_the_kept_patches_only():
+    stream = torch.randn(2, 9, 4, requires_grad=True)
+    keep_patches(stream, 0.5, first=0).sum().backward()
+    assert stream.grad.sum((1, 2)).tolist() == [16, 16] and set(stream.grad.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("pool", ["class", "mean", "attention"])
+def test_patches_are_left_out_in_training_mode_only(pool):
+    tower, images = image_tower(pool=pool), pixels(2, 3, 12, 12)
+    with torch.no_grad():
+        plain = tower(images)
+        with dropping_patches(tower, 0.5):
+            assert torch.equal(tower(images).pooled, plain.pooled)
+            tower.train()
+            dropped = tower(images)
+        assert torch.equal(tower(images).pooled, plain.pooled)
+        with dropping_patches(tower, 0.0):
+            assert torch.equal(tower(images).pooled, plain.pooled)
+    assert dropped.tokens.shape == (2, 4, 16) and dropped.grid is None and plain.grid == (3, 3)
+    assert not torch.allclose(dropped.pooled, plain.pooled)
+
+
+def test_kept_patches_carry_the_positions_of_the_whole_image():
+    tower, images = image_tower(pool="mean", depth=1, norm_before=False).train(), pixels(1, 3, 12, 12)
+    block = tower.transformer.blocks[0]
+    with torch.no_grad():
+        for linear in (block.attention.out, block.mlp.down):  # patches do not see one another then
+            linear.weight.zero_()
+        whole = tower(images).tokens[0]
+        with dropping_patches(tower, 0.5):
+            kept = tower(images).tokens[0]
+    for patch in kept:
+        assert (whole - patch).abs().sum(1).min() == 0
+
+
+def test_towers_that_cannot_leave_patches_out_are_refused():
+    with (
+        pytest.raises(ConfigError, match="a TimmTower cannot leave patches out"),
+        dropping_patches(TimmTower(TimmConfig("test_resnet")), 0.5),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="below 1, not 1"), dropping_patches(image_tower(), 1.0):
+        pass
+
+
 # --- timm ---
+
+
+def test_convolutions_look_at_a_few_images_at_a_time_and_give_the_same(monkeypatch):
+    tower, images = TimmTower(TimmConfig("test_resnet")), pixels(5, 3, 64, 64)
+    sizes: list[int] = []
+    next(m for m in tower.modules() if isinstance(m, torch.nn.Conv2d)).register_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0]))
+    )
+    with torch.no_grad():
+        whole = tower.eval()(images)
+        monkeypatch.setattr("diptych.models.foreign.PART_PIXELS", 2 * 64 * 64)
+        parts = tower(images)
+    assert sizes == [5, 2, 2, 1]
+    torch.testing.assert_close((parts.pooled, parts.tokens), (whole.pooled, whole.tokens))
+    tower.train()(images)  # batch norms look at the whole batch
+    assert sizes[4:] == [5]
 
 
 def test_feature_maps_of_timm_become_patches_in_row_order():
@@ -268,18 +346,6 @@ def test_weights_of_timm_from_a_file(tmp_path):
 
 
 # --- transformers ---
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """Return a tiny BERT of transformers and the folder it is saved in."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    model = BertModel(BertConfig(vocab_size=50, max_position_embeddings=16, initializer_range=0.5, **sizes)).eval()
-    model.save_pretrained(folder := tmp_path_factory.mktemp("bert"))
-    return model, folder
 
 
 def hf_tower(folder, pool="mean") -> HFTextTower:

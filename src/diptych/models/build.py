@@ -1,6 +1,8 @@
 """A model as a configuration: what `model.json` holds, and how it becomes modules again."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -28,14 +30,15 @@ class DualConfig:
     text_policy: TextPolicy = field(default_factory=TextPolicy)
 
 
-def build(config: DualConfig, tokenizer: Tokenizer) -> DualEncoder:
+def build(config: DualConfig, tokenizer: Tokenizer, *, text_record: Mapping[str, Any] | None = None) -> DualEncoder:
     """Return a freshly initialised model; seed torch first if it must be repeatable.
 
     Args:
         config: Its text policy is the one that counts.
         tokenizer: Gives the vocabulary.
+        text_record: Of a text tower of transformers whose folder need not be there, see `HFTextTower.record`.
     """
-    vision, text = _vision_tower(config.vision), _text_tower(config.text)
+    vision, text = _vision_tower(config.vision), _text_tower(config.text, text_record)
     heads = _heads(config, vision.width, text.width)
     return DualEncoder(config, vision, text, *heads, Tokenizer(tokenizer.engine, config.text_policy))
 
@@ -58,5 +61,5 @@ def _vision_tower(config: VisionConfig | TimmConfig) -> AbstractVisionTower:
     return VisionTransformer(config) if isinstance(config, VisionConfig) else TimmTower(config)
 
 
-def _text_tower(config: TextConfig | HFTextConfig) -> AbstractTextTower:
-    return TextTransformer(config) if isinstance(config, TextConfig) else HFTextTower(config)
+def _text_tower(config: TextConfig | HFTextConfig, record: Mapping[str, Any] | None) -> AbstractTextTower:
+    return TextTransformer(config) if isinstance(config, TextConfig) else HFTextTower(config, record=record)

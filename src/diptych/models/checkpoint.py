@@ -5,12 +5,13 @@ load.
 """
 
 import json
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diptych.config import from_json, to_json
@@ -19,8 +20,9 @@ from diptych.errors import CheckpointError
 from diptych.files import atomic_folder, surviving
 from diptych.models.build import DualConfig, build
 from diptych.models.dual import DualEncoder
-from diptych.models.foreign import HFTextConfig, equals_source, load_source, source_tokenizer
+from diptych.models.foreign import HFTextConfig, HFTextTower, equals_source, load_source, source_tokenizer
 from diptych.models.modes import is_frozen, merged_state
+from diptych.models.shards import Shards
 
 FORMAT = 1
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
@@ -43,15 +45,28 @@ def write_model(model: DualEncoder, folder: Path, *, half: bool = False) -> None
 
     Frozen towers that are as an installed package holds them are left out, and so is the tokenizer that comes with them.
     """
-    towers = {"vision": model.vision, "text": model.text}
-    omitted = [name for name, tower in towers.items() if is_frozen(tower) and equals_source(tower)]
     weights = {
         name: (value.half() if half and value.is_floating_point() else value).contiguous().cpu()
-        for name, value in merged_state(model).items()
-        if name.partition(".")[0] not in omitted
+        for name, value in saved_weights(model).items()
     }
-    record = {"format": FORMAT, "diptych": version("diptych"), "omitted": omitted, "model": to_json(model.config)}
     save_file(weights, folder / "model.safetensors")
+    write_record(model, folder, weights)
+
+
+def saved_weights(model: DualEncoder) -> dict[str, Tensor]:
+    """Return the weights that a checkpoint holds, where they are, and cut where they are cut."""
+    towers = {"vision": model.vision, "text": model.text}
+    omitted = [name for name, tower in towers.items() if is_frozen(tower) and equals_source(tower)]
+    return {name: value for name, value in merged_state(model).items() if name.partition(".")[0] not in omitted}
+
+
+def write_record(model: DualEncoder, folder: Path, weights: Collection[str]) -> None:
+    """Write what a checkpoint holds beside the weights of these names: `model.json` and `tokenizer.json`."""
+    held = {name.partition(".")[0] for name in weights}
+    omitted = [name for name in ("vision", "text") if name not in held]
+    record = {"format": FORMAT, "diptych": version("diptych"), "omitted": omitted, "model": to_json(model.config)}
+    if isinstance(model.text, HFTextTower) and "text" not in omitted:
+        record["text"] = model.text.record  # the folder that it was made from may be gone when it is loaded
     if model.tokenizer.to_json() != _source_tokenizer(model.config, omitted):
         (folder / "tokenizer.json").write_text(model.tokenizer.to_json())
     (folder / "model.json").write_text(json.dumps(record, indent=2))
@@ -91,11 +106,11 @@ def load_model(folder: Path) -> DualEncoder:
         tokenizer = Tokenizer.from_json(vocabulary, config.text_policy)
     except Exception as error:  # the engine raises no finer kind
         raise CheckpointError(f"{own} cannot be read: {error}. Use an earlier checkpoint.") from error
-    model = build(config, tokenizer)
+    model = build(config, tokenizer, text_record=record.get("text"))
     for name in record["omitted"]:
         load_source(getattr(model, name))
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = Shards(folder, "model").whole()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{folder / 'model.safetensors'} cannot be read: {error}. Use an earlier checkpoint."

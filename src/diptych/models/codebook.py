@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diptych.errors import ConfigError, TextError
+from diptych.losses.full import full
 from diptych.models.dual import DualEncoder
 from diptych.types import TowerOutput
 
@@ -127,7 +128,7 @@ class CodebookHead(nn.Module):
         """
         config = self.config
         scores = pool_scores(self.scores(output), output.mask, pool=config.pool, pad=config.pad)
-        return _full(scores) / config.temperature
+        return full(scores) / config.temperature
 
     def mix(self, output: TowerOutput) -> Mixture:
         """Return weights and features; for errors see `pooled`."""
@@ -222,7 +223,7 @@ def sparsemax(scores: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
     Source: Martins and Astudillo 2016, algorithm 1; its Jacobian is their equation 9.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        return _Sparsemax.apply(_full(scores))  # type: ignore[no-any-return]
+        return _Sparsemax.apply(full(scores))  # type: ignore[no-any-return]
 
 
 class _Sparsemax(torch.autograd.Function):
@@ -278,8 +279,3 @@ def suggest_temperature(num_codes: int, num_positions: int, target_support: floa
     kept = max(1, min(round(target_support * num_codes), num_codes - 1))
     low, high = bound[kept - 1].item(), bound[min(kept, num_codes - 1)].item()
     return (low + high) / 2 or 1.0  # one code has weight 1 at any temperature
-
-
-def _full(x: Tensor) -> Tensor:
-    """Return at least fp32; fp64 stays, for gradient checks."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -14,6 +14,7 @@ from diptych.config import fingerprint
 from diptych.data.tokenizer import Tokenizer
 from diptych.data.transforms import ImagePolicy
 from diptych.errors import ConfigError
+from diptych.models.by_length import encode_by_length
 from diptych.models.text import AbstractTextTower
 from diptych.models.vision import AbstractVisionTower
 from diptych.types import Tokens, TowerOutput
@@ -55,7 +56,11 @@ class DualEncoder(nn.Module):
         bias: Learnt logit bias, or None.
         config: Everything but weights and vocabulary; with those, what a checkpoint holds.
         tokenizer: Preprocessing of texts.
+        texts_by_length: Encode texts in groups of similar length, and equal texts once, where it saves time (on a CPU). Equal to encoding
+            them together but for rounding.
     """
+
+    texts_by_length = True
 
     def __init__(
         self,
@@ -110,8 +115,8 @@ class DualEncoder(nn.Module):
             raise ConfigError(
                 "Pixels are needed, and the batch holds outputs of a frozen tower. Set data.cache.mode to off."
             )
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
+        if images.dtype == torch.uint8:  # in place: no gradient, and a third of the passes over memory
+            return images.float().div_(255).sub_(self.mean).div_(self.std)  # type: ignore[arg-type]
         return (images - self.mean) / self.std  # type: ignore[operator]
 
     def image_output(self, images: Images) -> TowerOutput:
@@ -120,7 +125,11 @@ class DualEncoder(nn.Module):
 
     def text_output(self, tokens: Tokens) -> TowerOutput:
         """Return what the text tower makes of texts; a frozen one that was asked before is not asked again."""
-        return tokens.output or self.text(tokens.ids, tokens.mask)
+        if tokens.output is not None:
+            return tokens.output
+        if self.texts_by_length and tokens.ids.device.type == "cpu":
+            return encode_by_length(self.text, tokens.ids, tokens.mask)
+        return self.text(tokens.ids, tokens.mask)  # type: ignore[no-any-return]
 
     def encode_image(self, images: Images) -> Float[Tensor, "b d"]:
         """Return image embeddings."""

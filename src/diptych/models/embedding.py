@@ -14,6 +14,9 @@ from diptych.data.sources import AbstractSource
 from diptych.data.transforms import preprocess
 from diptych.errors import ImageError
 from diptych.models.dual import DualEncoder
+from diptych.models.fusing import fused_images
+from diptych.models.memory import Shown, TowerMemory
+from diptych.models.precision import Precision, autocast, choose_precision, first_in_fp32
 from diptych.types import Sample, Text, map_tensors
 
 Advance = Callable[[int], None]
@@ -53,20 +56,38 @@ class Embedded:
 
 
 @contextmanager
-def inference(model: DualEncoder) -> Iterator[None]:
-    """Put the model in eval mode without gradients while the context is open."""
+def inference(model: DualEncoder, precision: Precision = "fp32") -> Iterator[None]:
+    """Put the model in eval mode without gradients while the context is open.
+
+    Args:
+        model: Any.
+        precision: Of the towers. In bf16 the first convolutions of an image tower with batch norms stay fp32, see `first_in_fp32`.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    chosen, _ = choose_precision(precision, model.device)
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(chosen, model.device), first_in_fp32(model.vision, on=chosen == "bf16"):
             yield
     finally:
         for module, mode in modes:
             module.training = mode
 
 
+@contextmanager
+def looking(model: DualEncoder, precision: Precision = "fp32") -> Iterator[None]:
+    """Open `inference` for many images: a tower of convolutions then goes through fused kernels, see `models/fusing.py`."""
+    with inference(model, precision), fused_images(model, choose_precision(precision, model.device)[0]):
+        yield
+
+
 def embed_images(
-    model: DualEncoder, samples: Iterable[Sample], *, batch_size: int = 64, advance: Advance | None = None
+    model: DualEncoder,
+    samples: Iterable[Sample],
+    *,
+    batch_size: int = 64,
+    advance: Advance | None = None,
+    precision: Precision = "fp32",
 ) -> Float[Tensor, "n d"]:
     """Return one L2-normalised fp32 embedding per sample, on the CPU.
 
@@ -75,15 +96,22 @@ def embed_images(
         samples: Taken lazily, so images are never all in memory.
         batch_size: Images per forward pass.
         advance: Progress.
+        precision: Of the towers; `auto` takes bf16 where the processor has it.
 
     Raises:
         ImageError: If an image is missing or cannot be decoded; names the sample.
     """
-    return _embed_pixels(model, (_pixels(model, sample) for sample in samples), batch_size, advance)
+    return _embed_pixels(model, (evaluation_view(model, sample) for sample in samples), batch_size, advance, precision)
 
 
 def embed_texts(
-    model: DualEncoder, texts: Sequence[str], *, batch_size: int = 256, advance: Advance | None = None
+    model: DualEncoder,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    advance: Advance | None = None,
+    memory: TowerMemory | None = None,
+    precision: Precision = "fp32",
 ) -> Float[Tensor, "m d"]:
     """Return one L2-normalised fp32 embedding per string, on the CPU.
 
@@ -92,15 +120,20 @@ def embed_texts(
         texts: None may be empty.
         batch_size: Texts per forward pass.
         advance: Progress.
+        memory: Of the model, always used with one precision.
+        precision: Of the towers; `auto` takes bf16 where the processor has it.
 
     Raises:
         TextError: If a text is empty.
     """
+    assert memory is None or memory.model is model
     parts = []
-    with inference(model):
+    with inference(model, precision):
         for start in range(0, len(texts), batch_size):
-            tokens = model.tokenizer(texts[start : start + batch_size])
-            parts.append(model.encode_text(map_tensors(lambda tensor: tensor.to(model.device), tokens)).cpu())
+            tokens = map_tensors(
+                lambda tensor: tensor.to(model.device), model.tokenizer(texts[start : start + batch_size])
+            )
+            parts.append(model.encode_text(tokens if memory is None else memory.texts(tokens)).cpu())
             if advance is not None:
                 advance(len(tokens.ids))
     return torch.cat(parts).clone() if parts else torch.empty(0, 0)  # a clone can be used outside of inference mode
@@ -113,6 +146,8 @@ def embed_source(
     language: str | None = None,
     batch_size: int = 64,
     progress: ProgressBar | None = None,
+    memory: TowerMemory | None = None,
+    precision: Precision = "fp32",
 ) -> Embedded:
     """Return the embeddings of a source's images and captions; unreadable images are left out and counted.
 
@@ -122,32 +157,18 @@ def embed_source(
         language: Take the captions and translations of this language (ISO 639-1) instead of all captions.
         batch_size: Images per forward pass.
         progress: Shows progress.
+        memory: Of the model and the source, always used with one precision; frozen towers are asked once, and numbers stay the same to the
+            last bit.
+        precision: Of the towers; `auto` takes bf16 where the processor has it.
 
     Raises:
         ImageError: If no image can be read.
     """
     bar = progress or _no_progress
-    rows: list[int] = []
-    samples: list[Sample] = []
-    skipped: list[str] = []
-
-    def readable() -> Iterator[Tensor]:
-        for index in range(len(source)):
-            try:
-                sample = source[index]
-                pixels = _pixels(model, sample)
-            except ImageError as error:
-                skipped.append(f"{index}: {error}")
-                continue
-            rows.append(index)
-            samples.append(replace(sample, image=None, mask=None))
-            yield pixels
-
-    with bar("embedding images", len(source)) as advance:
-        images = _embed_pixels(model, readable(), batch_size, advance)
-    if not samples:
-        reason = f" First: {skipped[0]}" if skipped else ""
-        raise ImageError(f"None of the {len(source)} images of {source.name} can be read.{reason}")
+    shown, images = embed_source_images(
+        model, source, batch_size=batch_size, progress=progress, memory=memory, precision=precision
+    )
+    samples = shown.samples
     pairs = [
         (row, text.text)
         for row, sample in enumerate(samples)
@@ -156,19 +177,49 @@ def embed_source(
     ]
     captions, owner = tuple(text for _, text in pairs), tuple(row for row, _ in pairs)
     with bar("embedding texts", len(captions)) as advance:
-        texts = embed_texts(model, captions, advance=advance) if captions else torch.empty(0, images.shape[1])
+        texts = embed_texts(model, captions, advance=advance, memory=memory, precision=precision)
     return Embedded(
-        tuple(rows),
+        shown.rows,
         tuple(sample.key for sample in samples),
         tuple(sample.group for sample in samples),
         images,
         captions,
         owner,
-        texts,
+        texts if captions else torch.empty(0, images.shape[1]),
         tuple(sample.label for sample in samples),
         tuple(sample.domain for sample in samples),
-        tuple(skipped),
+        shown.skipped,
     )
+
+
+def embed_source_images(
+    model: DualEncoder,
+    source: AbstractSource,
+    *,
+    batch_size: int = 64,
+    progress: ProgressBar | None = None,
+    memory: TowerMemory | None = None,
+    precision: Precision = "fp32",
+) -> tuple[Shown, Float[Tensor, "n d"]]:
+    """Return the readable samples of a source, without their images, and the embeddings of those; see `embed_source`."""
+    assert memory is None or (memory.model is model and memory.source is source)
+    bar = progress or _no_progress
+    batches = _batches(model, source, batch_size)
+    seen: list[Shown] = []
+    parts: list[Tensor] = []
+    with bar("embedding images", len(source)) as advance, looking(model, precision):
+        for shown, images in batches if memory is None else memory.images(batches, batch_size):
+            seen.append(shown)
+            if images is not None:
+                parts.append(model.encode_image(images).cpu())
+                advance(len(shown.rows))
+    skipped = tuple(reason for shown in seen for reason in shown.skipped)
+    if not parts:
+        reason = f" First: {skipped[0]}" if skipped else ""
+        raise ImageError(f"None of the {len(source)} images of {source.name} can be read.{reason}")
+    rows = tuple(row for shown in seen for row in shown.rows)
+    samples = tuple(sample for shown in seen for sample in shown.samples)
+    return Shown(rows, samples, skipped), torch.cat(parts).clone()  # a clone can be used outside of inference mode
 
 
 def folded(caption: str) -> str:
@@ -181,11 +232,32 @@ def describes(text: Text, language: str) -> bool:
     return text.language == language and text.role in ("caption", "translation")
 
 
+def _batches(
+    model: DualEncoder, source: AbstractSource, batch_size: int
+) -> Iterator[tuple[Shown, UInt8[Tensor, "b 3 h w"] | None]]:
+    """Yield the readable samples of a source with their pixels; at the end what is left, which may be no sample."""
+    rows, samples, pixels, skipped = list[int](), list[Sample](), list[Tensor](), list[str]()
+    for index in range(len(source)):
+        try:
+            sample = source[index]
+            pixels.append(evaluation_view(model, sample))
+        except ImageError as error:
+            skipped.append(f"{index}: {error}")
+            continue
+        rows.append(index)
+        samples.append(replace(sample, image=None, mask=None))
+        if len(rows) == batch_size:
+            yield Shown(tuple(rows), tuple(samples), tuple(skipped)), torch.stack(pixels).to(model.device)
+            rows, samples, pixels, skipped = [], [], [], []
+    rest = torch.stack(pixels).to(model.device) if pixels else None
+    yield Shown(tuple(rows), tuple(samples), tuple(skipped)), rest
+
+
 def _embed_pixels(
-    model: DualEncoder, pixels: Iterable[Tensor], batch_size: int, advance: Advance | None
+    model: DualEncoder, pixels: Iterable[Tensor], batch_size: int, advance: Advance | None, precision: Precision
 ) -> Float[Tensor, "n d"]:
     pixels, parts = iter(pixels), []
-    with inference(model):
+    with looking(model, precision):
         while batch := list(islice(pixels, batch_size)):
             parts.append(model.encode_image(torch.stack(batch).to(model.device)).cpu())
             if advance is not None:
@@ -193,8 +265,12 @@ def _embed_pixels(
     return torch.cat(parts).clone() if parts else torch.empty(0, 0)
 
 
-def _pixels(model: DualEncoder, sample: Sample) -> UInt8[Tensor, "3 h w"]:
-    """Return the evaluation view of a sample's image."""
+def evaluation_view(model: DualEncoder, sample: Sample) -> UInt8[Tensor, "3 h w"]:
+    """Return a sample's image as the model sees it in evaluation and use.
+
+    Raises:
+        ImageError: If it is missing or cannot be decoded; names the sample.
+    """
     if sample.image is None:
         raise ImageError(f"{sample.key!r} has no image. Drop the row, or embed its texts only.")
     try:

@@ -1,4 +1,4 @@
-"""A teacher: a copy of a module that follows it slowly and is never trained itself."""
+"""Teachers: copies of a module that are never trained themselves. One follows the module slowly, the other stays as it was."""
 
 import copy
 from typing import Generic, TypeVar
@@ -39,3 +39,23 @@ class Teacher(nn.Module, Generic[M]):
         if buffers:
             for kept, now in zip(self.module.buffers(), student.buffers(), strict=True):
                 kept.copy_(now)
+
+
+class Frozen(nn.Module, Generic[M]):
+    """Another module as it was when the copy was made, in eval mode always; what a model knew before it learns something new.
+
+    Made when an objective is, it is the model as the stage before left it. It is part of the objective's state, so a resumed run finds it.
+
+    Attributes:
+        module: The copy.
+    """
+
+    def __init__(self, module: M) -> None:
+        super().__init__()
+        self.module: M = copy.deepcopy(module).requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Frozen[M]":
+        """Stay in eval mode: no dropout, no moving statistics."""
+        del mode
+        return super().train(False)

@@ -34,6 +34,11 @@ class AbstractTextTower(nn.Module, ABC):
     ) -> TowerOutput:
         """Return pooled vector and tokens, and the residual stream or attention of the layers asked for (0 is the first block)."""
 
+    @property
+    @abstractmethod
+    def by_row(self) -> bool:
+        """Return whether what comes out for a text depends on its own real tokens alone: not on padding, and now not on chance."""
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -108,6 +113,13 @@ class TextTransformer(AbstractTextTower):
         stream, kept, maps = self.transformer(stream, self._visible(mask), layers=layers, attention=attention)
         stream = self.norm_after(stream)
         return TowerOutput(self._pool(stream, mask), stream, mask=mask, layers=kept, attention=maps)
+
+    @property
+    def by_row(self) -> bool:
+        """Return False where padding is looked at, or something is dropped at random."""
+        config, transformer = self.config, self.transformer
+        drops = self.training and (transformer.stream_dropout > 0 or transformer.path_dropout > 0)
+        return config.pool != "last" and (config.causal or not config.attend_padding) and not drops
 
     def _visible(self, mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "..."] | None:
         """Return which positions each position may look at. Right padding needs no mask under a causal one."""

@@ -1,7 +1,8 @@
 """Image towers. One call, one record: `TowerOutput`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,12 @@ class VisionTransformer(AbstractVisionTower):
     """ViT (Dosovitskiy et al. 2021) with the variations of `VisionConfig`.
 
     Images of another size than its own are welcome, whole patches provided: position embeddings are then interpolated.
+
+    Attributes:
+        patch_dropout: Share of the patches that are left out in training; set by `dropping_patches`.
     """
+
+    patch_dropout = 0.0
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -108,10 +114,14 @@ class VisionTransformer(AbstractVisionTower):
         """
         grid = self._grid(pixels)
         # patches_bpw
-        stream = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        stream, positions = self.patch_embedding(pixels).flatten(2).transpose(1, 2), self.positions(grid)
+        whole = not (self.training and self.patch_dropout > 0)
         if self.class_token is not None:
             stream = torch.cat([self.class_token.to(stream.dtype).expand(len(stream), 1, -1), stream], dim=1)
-        stream = self.norm_before(stream + self.positions(grid))
+        stream = stream + positions
+        if not whole:
+            stream = keep_patches(stream, self.patch_dropout, first=stream.shape[1] - grid[0] * grid[1])
+        stream = self.norm_before(stream)
         stream, kept, maps = self.transformer(stream, layers=layers, attention=attention)
         # Patches come out before the last norm is applied by CLIP; CLIP norms the class token only, but dense uses want normed patches.
         stream = self.norm_after(stream)
@@ -121,7 +131,7 @@ class VisionTransformer(AbstractVisionTower):
             pooled, patches = self.attention_pool(stream), stream
         else:
             pooled, patches = stream.mean(dim=1), stream
-        return TowerOutput(pooled, patches, grid=grid, layers=kept, attention=maps)
+        return TowerOutput(pooled, patches, grid=grid if whole else None, layers=kept, attention=maps)
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "s w"]:
         """Return the position embeddings of a grid of (rows, columns): the learnt ones, or between them, bicubic and antialiased.
@@ -143,3 +153,50 @@ class VisionTransformer(AbstractVisionTower):
                 f"An image of {width} x {height} pixels cannot be cut into patches of {side}. Choose sizes of views that {side} divides."
             )
         return height // side, width // side
+
+
+def keep_patches(stream: Float[Tensor, "b s w"], rate: float, *, first: int) -> Float[Tensor, "b kept w"]:
+    """Return a stream without a random share of its patches, drawn anew for each sample; those kept stay in order.
+
+    Args:
+        stream: With position embeddings, which say where a patch was.
+        rate: Share of the patches that go, in [0, 1); at least one stays.
+        first: Number of positions before the patches, which all stay.
+
+    Source: Li et al. 2023, "Scaling Language-Image Pre-training via Masking", section 3.
+    """
+    patches = stream.shape[1] - first
+    count = max(1, round(patches * (1 - rate)))
+    kept = torch.rand(len(stream), patches, device=stream.device).topk(count).indices.sort().values + first
+    chosen = stream.gather(1, kept[..., None].expand(-1, -1, stream.shape[2]))
+    return torch.cat([stream[:, :first], chosen], 1)
+
+
+@contextmanager
+def dropping_patches(tower: nn.Module, rate: float) -> Iterator[None]:
+    """Leave out a random share of the patches in training mode while open (FLIP): an approximation that makes steps cheaper.
+
+    The class token stays, and in eval mode nothing is left out. Tokens are then the patches that were kept, without a grid.
+
+    Args:
+        tower: Ours; others have no common way to leave patches out.
+        rate: In [0, 1); 0 changes nothing. The paper takes 0.5 and 0.75.
+
+    Raises:
+        ConfigError: If the tower cannot, or the rate is out of range.
+    """
+    if not 0 <= rate < 1:
+        raise ConfigError(f"patch_dropout is a share of the patches, at least 0 and below 1, not {rate}.")
+    if rate > 0 and not isinstance(tower, VisionTransformer):
+        raise ConfigError(
+            f"patch_dropout needs diptych's own vision transformer; a {type(tower).__name__} cannot leave patches out. Set it to 0, or make "
+            "speed.resolutions smaller instead, which any tower of convolutions takes."
+        )
+    if not isinstance(tower, VisionTransformer):
+        yield
+        return
+    before, tower.patch_dropout = tower.patch_dropout, rate
+    try:
+        yield
+    finally:
+        tower.patch_dropout = before
