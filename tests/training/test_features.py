@@ -2,25 +2,28 @@ import io
 from dataclasses import replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
 from diptych import files
-from diptych.data.loader import CacheConfig, Loader, LoaderConfig, TextColumn
+from diptych.data.loader import BatchMaker, CacheConfig, Loader, LoaderConfig, Position, TextColumn
 from diptych.data.sources import Listed
 from diptych.data.text_changes import TextChange
 from diptych.data.tokenizer import Tokenizer
 from diptych.data.transforms import Augment
 from diptych.methods import clip
+from diptych.models.embedding import embed_source
+from diptych.models.memory import remembered
 from diptych.models.modes import set_mode
 from diptych.training import features
-from diptych.training.features import use_cache
+from diptych.training.features import use_cache, with_outputs
 from diptych.training.loop import fit
 from diptych.training.optim import OptimizerConfig
 from diptych.training.recipe import Recipe
-from diptych.types import PairEmbeddings, Text, TowerOutput
+from diptych.types import PairEmbeddings, Sample, Text, TowerOutput, tensors_of
 
 RANDOM = Augment(crop_scale=(0.5, 1.0), flip_rate=0.5)
 DATA = LoaderConfig(batch_size=4)
@@ -409,3 +412,90 @@ def test_pixels_are_kept_for_a_tower_that_trains_and_are_exact(make):
     plain = make(modes=("full", "full"), data=replace(DATA, cache=OFF))[1]
     for one, other in zip(islice(loader, 4), islice(plain, 4), strict=True):
         assert one.images[0].dtype == torch.uint8 and torch.equal(one.images[0], other.images[0])
+
+
+@pytest.fixture
+def photos() -> Listed:
+    """Return twelve images of many kinds and sizes; number 3 is damaged, 7 has none, 8 is 0 once more."""
+    noise = [Image.effect_noise((90 + 7 * n, 200 - 9 * n), 60) for n in range(12)]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    images = []
+    for n, one in enumerate(noise):
+        kind = ("JPEG", {"exif": exif}) if n % 2 else ("PNG", {})
+        (one.convert("RGB") if n % 4 else one.convert("LA")).save(file := io.BytesIO(), kind[0], **kind[1])
+        images.append(file.getvalue())
+    images[3], images[8], images[5] = images[3][:900], images[0], np.array(noise[5].convert("RGB"))
+    listed = [Sample(f"p{n}", image, (Text(f"photo {n}"),), f"p{n}") for n, image in enumerate(images)]
+    listed[7] = replace(listed[7], image=None)
+    return Listed(listed, "photos")
+
+
+@pytest.mark.parametrize("decode", ["exact", "scaled"])
+@pytest.mark.parametrize("second", [Augment(), replace(RANDOM, jitter=0.4, size=24)])
+def test_images_that_are_cropped_at_random_are_decoded_once_and_stay_exact(make, photos, monkeypatch, decode, second):
+    data = replace(DATA, views=(RANDOM, second), decode=decode, batch_size=6)
+    plain = make(modes=("full", "full"), data=replace(data, cache=OFF), of=photos)[1]
+    expected = list(islice(plain, 6))
+    objective, loader = make(modes=("full", "full"), data=replace(data, cache=CacheConfig(pixels=True)), of=photos)
+    said = cached(objective, loader)
+    assert any(line.startswith("The decoding of images is computed once: pixels of 11 (9 of them now") for line in said)
+    monkeypatch.setattr(BatchMaker, "_decode", lambda *_: pytest.fail("an image was decoded"))
+    for workers in (0, 2):
+        loader.maker.config, loader.position = replace(loader.maker.config, workers=workers), Position()
+        for one, other in zip(islice(loader, 6), expected, strict=True):
+            assert one.keys == other.keys and one.skipped == other.skipped
+            assert all(map(torch.equal, tensors_of(one), tensors_of(other)))
+    assert sum(len(batch.skipped) for batch in expected) == 6  # two samples, three epochs
+
+
+def test_decoded_images_are_found_again_and_stay_within_bounds(make, photos, folder):
+    def say(**changes) -> str:
+        options = {"views": (RANDOM,), "cache": CacheConfig(pixels=True), **changes}
+        return cached(*make(modes=("full", "full"), data=replace(DATA, **options), of=photos))[-1]
+
+    assert "(9 of them now" in say() and "(0 of them now" in say()
+    assert "(0 of them now" in say(views=(replace(RANDOM, jitter=0.1),))  # one store for all crops
+    assert "(9 of them now" in say(decode="scaled")  # but not for other pixels
+    assert len(stores(folder)) == 2
+    photos.samples[1] = replace(photos.samples[1], image=photos.samples[11].image)
+    photos.samples[11] = replace(photos.samples[11], image=np.zeros((9, 9, 3), np.uint8))
+    assert "(1 of them now" in say()
+    small = CacheConfig(pixels=True, gigabytes=1e-6)
+    photos.samples[0] = replace(photos.samples[0], image=np.zeros((200, 200, 3), np.uint8))
+    assert "The decoding of images is not cached: it would take 0.0 GB and data.cache.gigabytes is 1e-06" in say(
+        cache=small
+    )
+
+
+def test_evaluations_while_a_run_is_on_ask_frozen_towers_once(make, source, tmp_path):
+    """The numbers are those of evaluations without a memory, averaged weights included."""
+    objective, loader = make()
+    recipe = replace(RECIPE, optimizer=replace(RECIPE.optimizer, ema_decay=0.9), epochs=3)
+    asked, seen = [], []
+    with remembered(objective.model, source) as memory:
+
+        def evaluate(model):
+            hook = model.vision.register_forward_hook(lambda *_: asked.append(len(seen)))
+            with_memory = embed_source(model, source, memory=memory)
+            hook.remove()
+            without = embed_source(model, source)
+            assert torch.equal(with_memory.images, without.images) and torch.equal(with_memory.texts, without.texts)
+            seen.append(with_memory.images)
+            return {}
+
+        console = Console(file=io.StringIO(), width=300)
+        fit(objective, loader, recipe, tmp_path, console=console, evaluate=evaluate)
+    assert len(seen) == 3 and asked == [0] and not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize(("kind", "given"), [(clip.Objective, True), (Tokenwise, True), (Direct, False)])
+def test_many_steps_on_one_batch_ask_frozen_towers_once(make, kind, given):
+    objective, loader = make(kind)
+    batch = next(iter(loader))
+    expected = objective.encode(batch)
+    found = with_outputs(objective, batch, "fp32")
+    assert isinstance(found.images[0], TowerOutput) == given and (found.texts[0].output is not None) == given
+    assert all(map(torch.equal, tensors_of(objective.encode(found)), tensors_of(expected)))
+    objective, loader = make(kind, modes=("full", "frozen"))
+    assert with_outputs(objective, batch, "fp32").images[0] is batch.images[0]

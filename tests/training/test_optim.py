@@ -5,7 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.training.optim import OptimizerConfig, WeightAverage, make_optimizer, schedule, set_learning_rate
+from diptych.errors import ConfigError
+from diptych.training.optim import (
+    OptimizerConfig,
+    WeightAverage,
+    blend,
+    exponential,
+    make_average,
+    make_optimizer,
+    schedule,
+    set_learning_rate,
+    uniform,
+)
 
 
 def test_schedule_by_hand():
@@ -100,7 +111,7 @@ def moving(steps: int, layer: nn.Module, average: WeightAverage, seed: int = 0) 
 
 def test_average_equals_a_naive_loop():
     layer = nn.Linear(3, 2)
-    expected, average = layer.weight.detach().double(), WeightAverage(layer, 0.6)
+    expected, average = layer.weight.detach().double(), WeightAverage(layer, exponential(0.6))
     for step, weight in enumerate(moving(12, layer, average), 1):
         decay = min(0.6, (1 + step) / (10 + step))  # 2/11 at first; the cap ends at step 13
         expected = decay * expected + (1 - decay) * weight.double()
@@ -109,7 +120,7 @@ def test_average_equals_a_naive_loop():
 
 def test_the_cap_gives_way_to_the_decay():
     layer = nn.Linear(1, 1)
-    average = WeightAverage(layer, 0.6)
+    average = WeightAverage(layer, exponential(0.6))
     for step, decay in ((1, 2 / 11), (12, 13 / 22), (13, 0.6), (1000, 0.6)):
         average.average["weight"].fill_(1.0)
         nn.init.constant_(layer.weight, 0.0)
@@ -120,7 +131,7 @@ def test_the_cap_gives_way_to_the_decay():
 def test_swap_exchanges_and_twice_is_nothing():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    average = WeightAverage(layer, 0.9)
+    average = WeightAverage(layer, exponential(0.9))
     assert set(average.average) == {"weight"}
     weight = moving(5, layer, average)[-1]
     mean = average.average["weight"].clone()
@@ -130,3 +141,44 @@ def test_swap_exchanges_and_twice_is_nothing():
     assert layer.weight is parameter and parameter.requires_grad  # the optimiser holds this very tensor
     average.swap(layer)
     assert torch.equal(layer.weight, weight) and torch.equal(average.average["weight"], mean)
+
+
+def test_the_plain_mean_by_hand():
+    # Snapshots 1, 2, ..., n of a weight that started at 0 have the mean n / 2.
+    layer = nn.Linear(1, 1)
+    nn.init.zeros_(layer.weight)
+    average = WeightAverage(layer, uniform(3))
+    for step in range(1, 16):
+        nn.init.constant_(layer.weight, step / 3 if step % 3 == 0 else 99.0)
+        average.update(layer, step)
+        assert average.average["weight"].item() == pytest.approx(step // 3 / 2, abs=1e-6)
+
+
+def test_the_mean_of_constant_weights_is_that_constant():
+    layer = nn.Linear(5, 3)
+    average = WeightAverage(layer, uniform(1))
+    for step in range(1, 9):
+        average.update(layer, step)
+    assert torch.equal(average.average["weight"], layer.weight)
+
+
+@pytest.mark.parametrize(("settings", "kept"), [({}, None), ({"ema_decay": 0.5}, 9 / 11), ({"mean_every": 1}, 1 / 2)])
+def test_the_average_that_a_configuration_asks_for(settings, kept):
+    average = make_average(nn.Linear(1, 1), OptimizerConfig(**settings))
+    assert (None if average is None else average.share(1)) == (None if kept is None else pytest.approx(kept))
+
+
+@pytest.mark.parametrize("settings", [{"mean_every": 0}, {"mean_every": 10, "ema_decay": 0.9}], ids=str)
+def test_two_averages_at_once_are_refused(settings):
+    with pytest.raises(ConfigError, match=r"mean_every.*takes the place of ema_decay"):
+        OptimizerConfig(**settings)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_blending_two_models_by_hand(share):
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    expected = (1 - share) * first.weight.detach() + share * second.weight.detach()
+    theirs = second.weight.detach().clone()
+    blend(first, second, share)
+    torch.testing.assert_close(first.weight.detach(), expected)
+    assert torch.equal(second.weight, theirs)

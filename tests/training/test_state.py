@@ -13,7 +13,7 @@ from diptych.data.loader import Loader, LoaderConfig, Position
 from diptych.errors import CheckpointError, TrainingError
 from diptych.methods.clip import Config, Objective
 from diptych.models.checkpoint import load_model
-from diptych.training.optim import OptimizerConfig, WeightAverage, make_optimizer
+from diptych.training.optim import OptimizerConfig, WeightAverage, exponential, make_optimizer
 from diptych.training.state import RunState, restore, save
 from diptych.training.step import accumulate_gradients
 
@@ -27,7 +27,7 @@ def make_state(make_model, drawings):
         objective = Objective(model, Config())
         loader = Loader(drawings(8), model.image_policy, model.tokenizer, LoaderConfig(batch_size=3))
         optimizer = make_optimizer(objective, (model.vision, model.text), OptimizerConfig())
-        average = None if ema is None else WeightAverage(objective, ema)
+        average = None if ema is None else WeightAverage(objective, exponential(ema))
         state = RunState(objective, optimizer, average, loader)
         objective.train()
         advance(state, steps)
@@ -173,6 +173,18 @@ def test_a_checkpoint_of_other_parameters_is_refused(make_state, tmp_path, chang
     before = state.tensors()
     with pytest.raises(CheckpointError, match=f"other parameters.*first difference: {first}.*recipe.json"):
         restore(state, tmp_path)
+    assert_same(state.tensors(), before)
+
+
+def test_a_checkpoint_of_other_batches_is_refused(make_state, drawings, tmp_path):
+    save(make_state(steps=1), tmp_path, 1)
+    state = make_state(1)
+    model, before = state.objective.model, state.tensors()
+    smaller = Loader(drawings(8), model.image_policy, model.tokenizer, LoaderConfig(batch_size=2))
+    with pytest.raises(
+        CheckpointError, match=r"batches of 3 over all processes; now they hold 2.*set data.batch_size to 3\."
+    ):
+        restore(replace(state, loader=smaller), tmp_path)
     assert_same(state.tensors(), before)
 
 

@@ -18,6 +18,7 @@ from diptych.data.sources import AbstractSource
 from diptych.data.tokenizer import Tokenizer
 from diptych.errors import ImageError
 from diptych.models.modes import train_mode
+from diptych.training.features import with_outputs
 from diptych.training.step import accumulate_gradients, to_device
 from diptych.types import Batch, Encoded, rows
 from diptych.verbs import AbstractObjective
@@ -204,8 +205,9 @@ def _examine_start(objective: AbstractObjective[Encoded], batch: Batch) -> Findi
 
 
 def overfit(objective: AbstractObjective[Encoded], batch: Batch) -> tuple[float, float]:
-    """Train on one batch; return the first and the last loss."""
+    """Train on one batch; return the first and the last loss. Frozen towers are asked once."""
     train_mode(objective)
+    batch = with_outputs(objective, batch, "fp32")
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0)
     losses = []

@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from diptych import files
 from diptych.config import fingerprint
-from diptych.data.features import Cached, CachedTexts, CachedView
+from diptych.data.features import Cached, CachedImages, CachedTexts, CachedView
 from diptych.data.loader import BatchMaker, Loader, TextColumn, choose_workers
 from diptych.data.store import TensorStore, hash_bytes
 from diptych.data.text_changes import TextChange
 from diptych.errors import DataError, ImageError
 from diptych.models.dual import DualEncoder
 from diptych.models.modes import is_frozen, train_mode
+from diptych.models.precision import autocast
 from diptych.training import distributed
-from diptych.training.precision import autocast
 from diptych.training.step import to_device
 from diptych.types import Batch, Encoded, TowerOutput, tensors_of
 from diptych.verbs import AbstractObjective
@@ -98,49 +98,63 @@ def look_up(
         return nothing
     build = _Builder(model, maker, precision, draws, say)
     try:
-        trial = _Trial(objective, maker, next(loader.requests()).indices[:_TRIED], precision)
+        batch = to_device(maker.some(next(loader.requests()).indices[:_TRIED]), model.device)
     except DataError:
         say("Nothing is cached: none of the first samples can be used.")
         return nothing
+    trial = _Trial(objective, batch, precision)
     views = tuple(
-        build.view(place, trial.need_of_view(place) if frozen_image else None) for place in range(len(config.views))
+        build.view(place, _need(trial.view(place)) if frozen_image else None) for place in range(len(config.views))
     )
     texts = tuple(
-        build.texts(place, trial.need_of_text(place)) if frozen_text else None for place in range(len(config.texts))
+        build.texts(place, _need(trial.texts(place))) if frozen_text else None for place in range(len(config.texts))
     )
-    return Cached(views, texts)
+    images = build.images() if config.cache.pixels and not all(views) else None
+    return Cached(views, texts, images)
+
+
+def with_outputs(objective: AbstractObjective[Encoded], batch: Batch, precision: Precision) -> Batch:
+    """Return a batch with what frozen towers make of it in place of its views and texts, wherever that changes nothing.
+
+    For many steps on one batch, when nothing is kept for others.
+    """
+    trial, model = _Trial(objective, batch, precision), objective.model
+    images, texts = list(batch.images), list(batch.texts)
+    if is_frozen(model.vision):
+        images = [view if (output := trial.view(place)) is None else output for place, view in enumerate(images)]
+    if is_frozen(model.text):
+        texts = [replace(tokens, output=trial.texts(place)) for place, tokens in enumerate(texts)]
+    return replace(batch, images=tuple(images), texts=tuple(texts))
 
 
 class _Trial:
-    """Finds out on a few samples what an objective reads of the output of a tower."""
+    """Finds out on one batch what an objective reads of the output of a tower."""
 
-    def __init__(
-        self, objective: AbstractObjective[Encoded], maker: BatchMaker, indices: Sequence[int], precision: Precision
-    ) -> None:
+    def __init__(self, objective: AbstractObjective[Encoded], batch: Batch, precision: Precision) -> None:
         self._device = objective.model.device
         self._autocast = autocast(precision, self._device)
         # Buffers are copies, since `encode` may move them; parameters are shared, since nothing here does.
         self._objective = copy.deepcopy(objective, memo={id(p): p for p in objective.parameters()})
         train_mode(self._objective)
-        self._batch = to_device(maker.some(indices), self._device)
+        self._batch = batch
         self._expected = self._encode(self._batch)
 
-    def need_of_view(self, place: int) -> Need | None:
+    def view(self, place: int) -> TowerOutput | None:
         """Return what is read of the output for a view; None if the objective wants pixels, or does not want the view."""
-        return self._need(
+        return self._read(
             lambda: self._objective.model.image_output(self._batch.images[place]),
             lambda output: replace(self._batch, images=_put(self._batch.images, place, output)),
         )
 
-    def need_of_text(self, place: int) -> Need | None:
+    def texts(self, place: int) -> TowerOutput | None:
         """Return what is read of the output for a text column; None if the objective wants the ids, or does not want the column."""
         tokens = self._batch.texts[place]
-        return self._need(
+        return self._read(
             lambda: self._objective.model.text_output(tokens),
             lambda output: replace(self._batch, texts=_put(self._batch.texts, place, replace(tokens, output=output))),
         )
 
-    def _need(self, ask: Callable[[], TowerOutput], put: Callable[[TowerOutput], Batch]) -> Need | None:
+    def _read(self, ask: Callable[[], TowerOutput], put: Callable[[TowerOutput], Batch]) -> TowerOutput | None:
         with torch.no_grad(), self._autocast:
             full = ask()
         nonsense = replace(
@@ -148,9 +162,10 @@ class _Trial:
         )
         if self._same(put(nonsense)):
             return None  # it goes to the tower by another way, and would not take what is kept
-        if self._same(put(TowerOutput(full.pooled))):
-            return "pooled"
-        return "tokens" if full.tokens is not None and self._same(put(replace(full, layers=(), attention=()))) else None
+        pooled, tokens = TowerOutput(full.pooled), replace(full, layers=(), attention=())
+        if self._same(put(pooled)):
+            return pooled
+        return tokens if full.tokens is not None and self._same(put(tokens)) else None
 
     def _same(self, batch: Batch) -> bool:
         try:
@@ -226,6 +241,22 @@ class _Builder:
         for (index, epoch), row in zip(items, store.find(keys).tolist(), strict=True):
             rows[epoch, index] = row
         return CachedView(store, rows, dict(self._problems))
+
+    def images(self) -> CachedImages | None:
+        """Return all images decoded, or None if they are not kept."""
+        self._read()
+        config, policy = self._maker.config, self._maker.image_policy
+        # Scaled decoding depends on how large the views are.
+        parts = [config.decode, *([policy, config.views] if config.decode == "scaled" else [policy.background])]
+        hashed = [(index, number) for index, number in enumerate(self._hashes) if number is not None]
+        keys = torch.tensor([number for _, number in hashed], dtype=torch.int64)
+        items = [(index, 0) for index, _ in hashed]
+        store = self._fill("The decoding of images", _key(parts), keys, lambda numbers: self._decoded(items, numbers))
+        if store is None:
+            return None
+        rows = torch.full((len(self._hashes),), -1)
+        rows[[index for index, _ in hashed]] = store.find(keys)
+        return CachedImages(store, rows, dict(self._problems))
 
     def texts(self, place: int, need: Need | None) -> CachedTexts | None:
         """Return all texts of one column, or None if they are not kept."""
@@ -336,19 +367,11 @@ class _Builder:
     def _images(
         self, items: list[tuple[int, int]], numbers: list[int], place: int, need: Need | None
     ) -> Iterator[Rows]:
-        reader = _Reader(self._maker, items, place)
-        chunks = [numbers[start : start + _AT_ONCE] for start in range(0, len(numbers), _AT_ONCE)]
-        workers = choose_workers(self._maker)[0] if numbers else 0
-        for kept, pixels, problems in DataLoader(
-            reader,
-            batch_size=None,
-            sampler=chunks,
-            num_workers=workers,
-            generator=torch.Generator(),
-        ):
+        for kept, views, problems in self._read_by(_Reader(self._maker, items, place), numbers):
             self._problems |= problems
             if not kept:
                 continue
+            pixels = torch.stack(views)
             if need is None:
                 yield Rows(kept, {"pixels": pixels})
                 continue
@@ -362,6 +385,25 @@ class _Builder:
                     {"pooled": output.pooled, "tokens": output.tokens},
                     constants={"grid": torch.tensor(output.grid)},
                 )
+
+    def _decoded(self, items: list[tuple[int, int]], numbers: list[int]) -> Iterator[Rows]:
+        for kept, images, problems in self._read_by(_Reader(self._maker, items, None), numbers):
+            self._problems |= problems
+            if kept:
+                sizes = torch.tensor([image.shape[:2] for image in images])
+                yield Rows(kept, {"size": sizes}, {"pixels": [image.flatten(0, 1) for image in images]})
+
+    def _read_by(
+        self, reader: "_Reader", numbers: list[int]
+    ) -> Iterable[tuple[list[int], list[Tensor], dict[int, str]]]:
+        chunks = [numbers[start : start + _AT_ONCE] for start in range(0, len(numbers), _AT_ONCE)]
+        return DataLoader(
+            reader,
+            batch_size=None,
+            sampler=chunks,
+            num_workers=choose_workers(self._maker)[0] if numbers else 0,
+            generator=torch.Generator(),
+        )
 
     def _encoded(self, texts: list[str], numbers: list[int], need: Need) -> Iterator[Rows]:
         for start in range(0, len(numbers), 4 * _AT_ONCE):
@@ -401,22 +443,28 @@ class _Builder:
         return _key([digest.hexdigest(), config, str(tower), str(settings), kernels, need, *parts])
 
 
-class _Reader(Dataset[tuple[list[int], Tensor, dict[int, str]]]):
-    """Reads the view of some items, in any process; those that cannot be used come back as problems."""
+class _Reader(Dataset[tuple[list[int], list[Tensor], dict[int, str]]]):
+    """Reads one view of some items, or the whole images, in any process; those that cannot be used come back as problems."""
 
-    def __init__(self, maker: BatchMaker, items: list[tuple[int, int]], place: int) -> None:
+    def __init__(self, maker: BatchMaker, items: list[tuple[int, int]], place: int | None) -> None:
         self._maker, self._items, self._place = maker, items, place
 
-    def __getitem__(self, numbers: list[int]) -> tuple[list[int], Tensor, dict[int, str]]:
-        kept, pixels, problems = [], [], {}
+    def __getitem__(self, numbers: list[int]) -> tuple[list[int], list[Tensor], dict[int, str]]:
+        kept, found, problems = [], [], {}
         for number in numbers:
             index, epoch = self._items[number]
             try:
-                pixels.append(self._maker.view(index, epoch, self._place))
+                place = self._place
+                found.append(self._maker.pixels(index) if place is None else self._maker.view(index, epoch, place))
                 kept.append(number)
             except ImageError as error:
                 problems[index] = str(error)
-        return kept, torch.stack(pixels) if pixels else torch.empty(0), problems
+        return kept, found, problems
+
+
+def _need(read: TowerOutput | None) -> Need | None:
+    """Return what of a tower's output must be kept, given all that is read of it."""
+    return None if read is None else "pooled" if read.tokens is None else "tokens"
 
 
 def _missing(store: TensorStore, keys: Tensor) -> list[int]:

@@ -24,7 +24,7 @@ class Stopwatch:
     def __init__(self, loader: Loader) -> None:
         self._loader, self._given = loader, loader.given
         self._data = self._total = self._began = 0.0
-        self._steps = 0
+        self._flops = 0
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of the loader; the time each takes to come is that of data."""
@@ -39,20 +39,15 @@ class Stopwatch:
         """Begin a step."""
         self._began = time.perf_counter()
 
-    def stop(self) -> None:
-        """End a step."""
+    def stop(self, flops: int) -> None:
+        """End a step of so many floating-point operations."""
         self._total += time.perf_counter() - self._began
-        self._steps += 1
+        self._flops += flops
 
-    def lap(self, flops: int, peak: float) -> dict[str, float]:
-        """Return the numbers for the log since the last call.
-
-        Args:
-            flops: Floating-point operations of one step.
-            peak: GFLOP/s that the machine could do.
-        """
+    def lap(self, peak: float) -> dict[str, float]:
+        """Return the numbers for the log since the last call; `peak` is the GFLOP/s that the machine could do."""
         compute = self._total - self._data
-        gflops = flops * self._steps / compute / 1e9
+        gflops = self._flops / compute / 1e9
         found = {
             "seconds_data": self._data,
             "seconds_compute": compute,
@@ -60,7 +55,7 @@ class Stopwatch:
             "peak_share": gflops / peak,
             "samples_per_second": (self._loader.given - self._given) * distributed.part()[1] / self._total,
         }
-        self._data, self._total, self._steps, self._given = 0.0, 0.0, 0, self._loader.given
+        self._data, self._total, self._flops, self._given = 0.0, 0.0, 0, self._loader.given
         return found
 
 

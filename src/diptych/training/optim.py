@@ -1,11 +1,13 @@
-"""AdamW with warm-up and cosine, and the running average of the weights."""
+"""AdamW with warm-up and cosine, and averages of weights: along a run, and between two models."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from diptych.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class OptimizerConfig:
         warmup_rate: Share of all steps spent warming up.
         clip_norm: Gradients are scaled down to this norm, or None.
         ema_decay: Decay per step of the averaged weights, which are then what is evaluated and saved; None for no average.
+        mean_every: Steps between the snapshots whose plain mean, that of the start included, is evaluated and saved instead; None for none.
     """
 
     lr: float = 1e-3
@@ -31,6 +34,14 @@ class OptimizerConfig:
     warmup_rate: float = 0.05
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
+    mean_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mean_every is not None and (self.ema_decay is not None or self.mean_every < 1):
+            raise ConfigError(
+                f"optimizer.mean_every is a number of steps, 1 or more, and takes the place of ema_decay; they are {self.mean_every} and "
+                f"{self.ema_decay}. Set one of them to None."
+            )
 
 
 def make_optimizer(module: nn.Module, towers: Iterable[nn.Module], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -66,22 +77,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 class WeightAverage:
-    """Exponential moving average of the trained parameters: average = decay * average + (1 - decay) * weight.
+    """A running mean of the trained parameters: average = average + share(step) (weight - average).
 
-    The decay is capped at (1 + step) / (10 + step), so that the random start is forgotten early.
+    Attributes:
+        average: Of each trained parameter, by name; at the start its value then.
+        share: How far the average goes towards the weights after a step, in [0, 1]; from `exponential` or `uniform`.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module, share: Callable[[int], float]) -> None:
+        self.share = share
         self.average = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Move the average towards the weights of `module`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in module.named_parameters():
-            if name in self.average:
-                self.average[name].lerp_(parameter.detach(), 1 - decay)
+        """Move the average towards the weights of `module`, after step number `step`."""
+        if share := self.share(step):
+            for name, parameter in module.named_parameters():
+                if name in self.average:
+                    self.average[name].lerp_(parameter.detach(), share)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
@@ -91,3 +104,43 @@ class WeightAverage:
             weight: Tensor = parameters[name].detach().clone()
             parameters[name].copy_(average)
             average.copy_(weight)
+
+
+def make_average(module: nn.Module, config: OptimizerConfig) -> WeightAverage | None:
+    """Return the average of weights that a configuration asks for, if it does."""
+    if config.mean_every is not None:
+        return WeightAverage(module, uniform(config.mean_every))
+    return None if config.ema_decay is None else WeightAverage(module, exponential(config.ema_decay))
+
+
+def exponential(decay: float) -> Callable[[int], float]:
+    """Return the share of an exponential moving average: average = decay * average + (1 - decay) * weight.
+
+    The decay is capped at (1 + step) / (10 + step), so that the random start is forgotten early.
+    """
+    return lambda step: 1 - min(decay, (1 + step) / (10 + step))
+
+
+def uniform(every: int) -> Callable[[int], float]:
+    """Return the share that makes the average the mean of the start and of the weights after steps every, 2 every, 3 every, ...
+
+    With n snapshots the average is (n * average + weight) / (n + 1).
+
+    Source: Zheng et al. 2023 (ZSCL), section 3.3, weight ensemble.
+    """
+    return lambda step: 0.0 if step % every else 1 / (step // every + 1)
+
+
+@torch.no_grad()
+def blend(module: nn.Module, other: nn.Module, share: float) -> None:
+    """Make the weights of a module (1 - share) of its own and `share` of another one's, in place.
+
+    Args:
+        module: Changed.
+        other: Of the same architecture; not changed.
+        share: 0 changes nothing, 1 copies.
+
+    Source: Wortsman et al. 2022 (WiSE-FT), equation 2.
+    """
+    for own, theirs in zip(module.parameters(), other.parameters(), strict=True):
+        own.lerp_(theirs, share)

@@ -6,8 +6,10 @@ from typing import Any, Generic, Literal, TypeVar
 from diptych.data.loader import LoaderConfig
 from diptych.models.build import DualConfig
 from diptych.models.dual import TowerMode
+from diptych.models.precision import Precision
+from diptych.training.distributed import Sharding
+from diptych.training.levers import SpeedConfig
 from diptych.training.optim import OptimizerConfig
-from diptych.training.precision import Precision
 from diptych.training.step import StepKind
 
 Writer = Literal["tensorboard", "wandb", "trackio"]
@@ -51,11 +53,14 @@ class Recipe(Generic[C]):
         accumulate: Batches per optimiser step.
         step: `accumulated` takes the mean of their losses, each batch contrasting its own samples; `cached` takes one loss over the samples of
             all of them, as one large batch would, for the memory of one batch and the time of one more forward pass.
+        sharding: `full` cuts the towers that train over the processes: each holds its part of weights, gradients, moments and average, and writes
+            its part of the checkpoint. `none` keeps all in every process. The result is the same.
         held_out: Share of the samples kept out of training for evaluation when the source has no split of its own.
         evaluate_every: Epochs between evaluations on held-out samples; the last epoch is always evaluated. 0 for the last only.
         save_every: Steps between checkpoints; the last step is always saved.
         log_every: Steps between log rows.
         precision: `auto` takes bf16 autocast where the processor has it.
+        speed: What makes steps cheaper.
         device: `auto` takes a GPU if there is one.
         seed: Of weights, order and augmentation.
         writers: Further places for the log; metrics.jsonl is always written.
@@ -69,11 +74,13 @@ class Recipe(Generic[C]):
     epochs: int = 10
     accumulate: int = 1
     step: StepKind = "accumulated"
+    sharding: Sharding = "none"
     held_out: float = 0.1
     evaluate_every: int = 1
     save_every: int = 200
     log_every: int = 10
     precision: Precision = "auto"
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     device: str = "auto"
     seed: int = 0
     writers: tuple[Writer, ...] = ()

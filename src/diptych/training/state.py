@@ -2,24 +2,27 @@
 
 `checkpoint/` holds the model (as `diptych.load` reads it) and, beside it, what only training needs: the moments of the optimiser, raw
 weights when the saved ones are averages, the position of the loader and the state of the random generators. Tensors are
-safetensors; nothing is pickled.
+safetensors; nothing is pickled. Where towers are sharded, each process writes the parts that it has, and the checkpoint is replaced when all
+are there; any number of processes, and a run that does not shard, can go on from it.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diptych.data.loader import Loader, Position
 from diptych.errors import CheckpointError, TrainingError
-from diptych.files import atomic_folder, surviving, sweep
-from diptych.models.checkpoint import write_model
+from diptych.files import atomic_file, atomic_folder, surviving, sweep
+from diptych.models.checkpoint import load_model, saved_weights, write_model, write_record
+from diptych.models.dual import DualEncoder
+from diptych.models.shards import Shards, shard_name, shard_paths
 from diptych.models.weights import CHECKPOINT
 from diptych.training import distributed
 from diptych.training.optim import WeightAverage
@@ -80,19 +83,19 @@ class RunState:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` returned."""
+        """Put back what `tensors` returned; of what is cut, the rows of this process."""
         own = self.objective.state_dict()
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "weight":
-                own[rest].copy_(value)
+                distributed.own_part(own[rest]).copy_(value)
             elif kind == "average" and self.average is not None:
-                self.average.average[rest].copy_(value)
+                distributed.own_part(self.average.average[rest]).copy_(value)
         for name, parameter in self.objective.named_parameters():
             if parameter.requires_grad:
-                self.optimizer.state[parameter] = {
-                    moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _zero_moments(parameter)
-                }
+                moments = self.optimizer.state[parameter] = _zero_moments(parameter)
+                for moment, kept in moments.items():
+                    distributed.own_part(kept).copy_(tensors[f"{moment}.{name}"])
         rank = distributed.part()[0]
         if (state := tensors.get(f"generator.cpu.{rank}")) is not None:
             torch.set_rng_state(state)
@@ -118,28 +121,17 @@ def _zero_moments(parameter: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _shape(tensors: dict[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
-
-
 def save(state: RunState, folder: Path, step: int) -> None:
     """Replace the checkpoint of a run directory; killed at any moment, the old one or the new one is there, whole.
 
-    Of several processes the first one writes; all must call this.
+    Of several processes the first one writes; where towers are sharded, each writes its parts. All must call this.
 
     Raises:
         TrainingError: If it cannot be written, for example because the disk is full; the old one stays.
     """
-    tensors = state.tensors()
-    if not distributed.is_first():
-        return
+    write = _write_shards if distributed.is_sharded(state.objective) else _write_whole
     try:
-        with atomic_folder(folder / CHECKPOINT) as target:
-            with state.final_weights():
-                write_model(state.objective.model, target)
-            save_file(tensors, target / "training.safetensors")
-            record = {"step": step, "position": asdict(state.loader.position), "skipped": state.loader.skipped}
-            (target / "training.json").write_text(json.dumps(record))
+        write(state, folder / CHECKPOINT, step)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"The checkpoint of step {step} could not be written to {folder}: {error}. "
@@ -147,11 +139,71 @@ def save(state: RunState, folder: Path, step: int) -> None:
         ) from error
 
 
+def _write_whole(state: RunState, place: Path, step: int) -> None:
+    tensors = state.tensors()
+    if not distributed.is_first():
+        return
+    with atomic_folder(place) as target:
+        with state.final_weights():
+            write_model(state.objective.model, target)
+        save_file(tensors, target / "training.safetensors")
+        _write_progress(state, target, step)
+
+
+def _write_shards(state: RunState, place: Path, step: int) -> None:
+    """Let every process fill the first one's folder, which takes the place of the old one when all have said that they are done."""
+    with state.final_weights():
+        model = {name: value.clone() for name, value in saved_weights(state.objective.model).items()}
+    content = {"model": model, "training": state.tensors()}
+    with atomic_folder(place) if distributed.is_first() else nullcontext(Path()) as made:
+        target: Path = distributed.gather_objects(made)[0]
+        problem = None
+        try:
+            _write_parts(content, target)
+            if distributed.is_first():
+                write_record(state.objective.model, target, model)
+                _write_progress(state, target, step)
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        for rank, other in enumerate(distributed.gather_objects(problem)):
+            if other is not None:
+                raise OSError(f"process {rank}: {other}")
+
+
+def _write_parts(content: Mapping[str, dict[str, Tensor]], target: Path) -> None:
+    """Write what this process has of each group of tensors; the first process also has those that are not cut."""
+    if not target.is_dir():
+        raise FileNotFoundError(f"{target} is not there. All processes must see the same disk")
+    for stem, tensors in content.items():
+        own = {
+            name: distributed.own_part(tensor).contiguous().cpu()
+            for name, tensor in tensors.items()
+            if distributed.is_cut(tensor) or distributed.is_first()
+        }
+        with atomic_file(target / shard_name(stem, distributed.part())) as path:
+            save_file(own, path)
+
+
+def _write_progress(state: RunState, target: Path, step: int) -> None:
+    record = {
+        "step": step,
+        "position": asdict(state.loader.position),
+        "skipped": state.loader.skipped,
+        "batch": _batch(state.loader),
+    }
+    (target / "training.json").write_text(json.dumps(record))
+
+
+def _batch(loader: Loader) -> int:
+    """Return the samples that one batch holds over all processes."""
+    return loader.batch_size * distributed.part()[1]
+
+
 def restore(state: RunState, folder: Path) -> int:
     """Put a saved state back; return its step, 0 when there is no checkpoint yet.
 
     Raises:
-        CheckpointError: If the checkpoint belongs to other parameters, or is damaged.
+        CheckpointError: If the checkpoint belongs to other parameters or batches, or is damaged.
     """
     source = surviving(folder / CHECKPOINT)
     if distributed.is_first():
@@ -159,19 +211,56 @@ def restore(state: RunState, folder: Path) -> int:
     if not (source / "training.json").exists():
         return 0
     try:
-        saved = load_file(source / "training.safetensors")
+        saved = Shards(source, "training")
         record = json.loads((source / "training.json").read_text())
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{source} cannot be read: {error}. Start a new run in another folder.") from error
     expected = state.tensors()
-    # A machine with a GPU has one generator more than one without.
-    names = {name for name in {*saved, *expected} if not name.startswith("generator.")}
-    strange = sorted(name for name in names if _shape(saved, name) != _shape(expected, name))
+    # A machine with a GPU has one generator more than one without, and each process its own.
+    names = {name for name in {*saved.names, *expected} if not name.startswith("generator.")}
+    strange = sorted(name for name in names if _saved_shape(saved, name) != _shape(expected, name))
     if strange:
         raise CheckpointError(
             f"{source} was saved by a run with other parameters (first difference: {strange[0]}). "
             "Resume with the recipe.json of that run, or start a new run in another folder."
         )
-    state.load(saved)
+    if record["batch"] != _batch(state.loader):
+        raise CheckpointError(
+            f"{source} was saved by a run with batches of {record['batch']} over all processes; now they hold {_batch(state.loader)}. With "
+            f"{distributed.part()[1]} processes, set data.batch_size to {record['batch'] / distributed.part()[1]:g}."
+        )
+    state.load(
+        {
+            name: saved.rows(name, *distributed.own_rows(value))
+            for name, value in expected.items()
+            if name in saved.names
+        }
+    )
     state.loader.position, state.loader.skipped = Position(**record["position"]), record["skipped"]
     return int(record["step"])
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
+
+
+def _saved_shape(saved: Shards, name: str) -> tuple[int, ...] | None:
+    return saved.shape(name) if name in saved.names else None
+
+
+def join_shards(model: DualEncoder, folder: Path) -> None:
+    """Make a sharded model whole again in every process, from the last checkpoint of its run; there, too, one file takes the place of shards."""
+    source = surviving(folder / CHECKPOINT)
+    if distributed.is_first():
+        paths = shard_paths(source, "model")
+        with atomic_file(source / "model.safetensors") as path:
+            save_file(Shards(source, "model").whole(), path)
+        for shard in paths:
+            if shard.name != "model.safetensors":
+                shard.unlink()
+    distributed.wait()
+    saved = load_model(source).to(model.device)
+    for name in ("vision", "text"):
+        if distributed.is_sharded(getattr(model, name)):
+            setattr(model, name, getattr(saved, name))
+    model.load_state_dict(saved.state_dict())

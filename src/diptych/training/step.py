@@ -41,7 +41,8 @@ def accumulate_gradients(
         TrainingError: If a loss is not finite.
     """
     seen = []
-    for batch in islice(batches, count):
+    for number, batch in enumerate(islice(batches, count), start=1):
+        distributed.synchronise(objective, on=number == count)
         with autocast:
             encoded = objective.encode(batch)
         losses = _loss(objective, encoded, batch)
@@ -85,7 +86,8 @@ def cached_gradients(
     losses.total.backward()
     after, start = _generators(device), 0
     gradients = [tensor.grad for tensor in tensors_of(encoded)]
-    for batch, state in zip(islice(source, count), states, strict=True):
+    for number, (batch, state) in enumerate(zip(islice(source, count), states, strict=True), start=1):
+        distributed.synchronise(objective, on=number == count)
         _replay(state, device)
         with autocast:
             again = objective.encode(batch)
@@ -104,10 +106,13 @@ def clip_gradients(module: nn.Module, norm: float | None) -> float:
     Raises:
         TrainingError: If the norm is not finite.
     """
-    found = float(nn.utils.clip_grad_norm_(module.parameters(), norm if norm is not None else float("inf")))
+    found = distributed.gradient_norm(module)
     if not found < float("inf"):
-        raise TrainingError(f"the gradient norm is {found}. Lower optimizer.lr, or try precision fp32.")
-    return found
+        raise TrainingError(f"the gradient norm is {found.item()}. Lower optimizer.lr, or try precision fp32.")
+    if norm is not None:
+        for parameters in distributed.by_sharding(module.parameters()):
+            nn.utils.clip_grads_with_norm_(parameters, norm, found)
+    return found.item()
 
 
 def _loss(objective: AbstractObjective[Encoded], encoded: Encoded, batch: Batch) -> Losses:
