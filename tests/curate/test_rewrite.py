@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from diptych.curate.language_model import LanguageModelConfig
@@ -157,6 +158,19 @@ def test_a_folder_of_photos_becomes_a_table_to_train_on(tmp_path, drawings, endi
         roles = [text.role for text in sample.texts]
         assert roles[0] == "caption" and roles[1:].count("rewrite") == len(roles) - 1 >= 1
         assert sample.image
+
+
+def test_a_parquet_file_may_be_written_over_and_keeps_its_images(tmp_path, drawings):
+    path, samples = tmp_path / "a.parquet", drawings(6).samples
+    images = [{"bytes": sample.image, "path": None} for sample in samples[1:]]
+    captions = [sample.texts[0].text for sample in samples]
+    pq.write_table(pa.table({"image": [None, *images], "caption": captions}), path, row_group_size=2)
+    config = RewriteConfig(styles=("framed",), quality=QualityConfig(max_new_nouns=3))
+    rewrite_source(open_source(path), path, config=config, model=None)
+    assert pq.read_table(path)["image"].to_pylist() == [None, *images]
+    again = open_source(path)
+    assert [sample.image for sample in again] == [None, *(sample.image for sample in samples[1:])]
+    assert {text.role for text in again.texts(1)} == {"caption", "rewrite"}
 
 
 def test_a_source_without_a_table_and_a_limit(tmp_path, drawings):

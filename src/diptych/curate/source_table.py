@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diptych.data.images import decode
+from diptych.data.parquet import holds_places
 from diptych.data.sources import AbstractSource, TableSource
 from diptych.errors import ConfigError
 from diptych.files import atomic_file
@@ -20,11 +21,11 @@ _ENDINGS = (".parquet", ".jsonl")
 def source_table(source: AbstractSource, folder: Path) -> pa.Table:
     """Return a source as a table for a file in `folder`.
 
-    A table on disk keeps all its columns, and image paths become relative to `folder`. Anything else becomes `key`, `image` (encoded) and
-    `caption` (a list of all texts with the role `caption`).
+    A table on disk keeps all its columns, and images that lie in a parquet file with it; image paths become relative to `folder`. Anything
+    else becomes `key`, `image` (encoded) and `caption` (a list of all texts with the role `caption`).
 
     Raises:
-        ImageError: If an image of a source that is not a table cannot be read.
+        ImageError: If an image cannot be read; of a table on disk, only those inside it are.
     """
     if not isinstance(source, TableSource):
         samples = list(source)
@@ -37,11 +38,21 @@ def source_table(source: AbstractSource, folder: Path) -> pa.Table:
                 "caption": pa.array(captions, pa.list_(pa.string())),
             }
         )
-    table, column = source.table, source.columns.image
+    table, column = _with_bytes(source), source.columns.image
     if column is None or not pa.types.is_string(table.schema.field(column).type):
         return table
     paths = [_relative(path, source.folder, folder) for path in table[column].to_pylist()]
     return table.set_column(table.column_names.index(column), column, pa.array(paths, pa.string()))
+
+
+def _with_bytes(source: TableSource) -> pa.Table:
+    """Return the table with what lies in parquet files written out, since the new file may take the place of the old one."""
+    table = source.table
+    for place, field in enumerate(table.schema):
+        if holds_places(field.type):
+            cells = pa.array([value and source.cell(value) for value in table[field.name].to_pylist()])
+            table = table.set_column(place, field.name, cells)
+    return table
 
 
 def write_table(table: pa.Table, path: Path) -> None:
