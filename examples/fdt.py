@@ -9,7 +9,7 @@ import diptych
 from diptych.config import override
 from diptych.methods import fdt
 from diptych.models.codebook import suggest_temperature
-from diptych.use.concepts import explore
+from diptych.use.concepts import Extent, explore
 
 
 def main(out: Path = Path("runs/concepts")) -> None:
@@ -28,7 +28,7 @@ def main(out: Path = Path("runs/concepts")) -> None:
     )
     run = diptych.train("scenes:train", recipe=recipe, out=out, overwrite=True, check=False)
     page = out / "concepts.html"
-    page.write_text(explore(run.model, diptych.open_source("scenes:validation"), limit=400), encoding="utf-8")
+    page.write_text(explore(run.model, diptych.open_source("scenes:validation"), Extent(limit=400)), encoding="utf-8")
     print(f"Open {page}: for each code the words, images and patches that ask for it most.")
 
 

@@ -8,6 +8,8 @@ import diptych
 from diptych import commands
 from diptych.claims.ledger import END, START
 from diptych.cli import main
+from diptych.commands import reproducing
+from diptych.commands.records import versions
 from diptych.errors import ConfigError, PlannedMethodError
 from diptych.methods import METHODS, load_method
 
@@ -19,8 +21,8 @@ def add(monkeypatch):
     def put(**modules) -> None:
         working = {slug: replace(METHODS["clip"], slug=slug) for slug in ("clip", *modules)}
         planned = replace(METHODS["clip"], slug="later", state="planned")
-        monkeypatch.setattr(commands, "METHODS", working | {"later": planned})
-        monkeypatch.setattr(commands, "load_method", lambda slug: modules.get(slug) or load_method(slug))
+        monkeypatch.setattr(reproducing, "METHODS", working | {"later": planned})
+        monkeypatch.setattr(reproducing, "load_method", lambda slug: modules.get(slug) or load_method(slug))
 
     return put
 
@@ -38,7 +40,7 @@ def test_a_claim_from_end_to_end(add, fake, calls, folder, capsys):
     (result,) = diptych.reproduce("fake")
     assert result.verdict == "reproduced" and len(calls()) == 24
     record = json.loads((folder / "results" / "fake.json").read_text())
-    assert record["command"] == "diptych reproduce fake" and record["versions"] == commands.versions()
+    assert record["command"] == "diptych reproduce fake" and record["versions"] == versions()
     assert (folder / "results" / "fake.png").exists() and (folder / "runs" / "claims" / "fake.jsonl").exists()
     assert "[reproduced](results/fake.png)" in (folder / "README.md").read_text()
     out, err = capsys.readouterr()

@@ -72,6 +72,7 @@ def test_the_record_says_how_it_came_about(everything):
     assert record["settings"]["fingerprint"] == squares(24).fingerprint
     assert record["settings"]["prompts"] == "photo" and len(record["settings"]["prompts_hash"]) == 16
     assert record["settings"]["probe_images"] == 30
+    assert record["settings"]["precision"] in ("fp32", "bf16")
     assert record["notes"] == []
 
 
@@ -84,7 +85,7 @@ def test_chance_is_stated_for_every_headline_number(everything):
 
 
 def test_retrieval_is_that_of_the_embeddings(model, everything):
-    found = embed_source(model, squares(24))
+    found = embed_source(model, squares(24), precision="auto")
     plain = retrieval(found.images, found.texts, torch.tensor(found.owner), seed=5)
     assert everything.retrieval.image_to_text.recall == plain.image_to_text.recall
     assert everything.retrieval.text_to_image.ranks.tolist() == plain.text_to_image.ranks.tolist()

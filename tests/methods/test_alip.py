@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from by_hand import pairs
 from diptych.claims.claim import Trial
 from diptych.claims.measures import auroc
 from diptych.claims.reproduce import check
@@ -36,17 +37,13 @@ from diptych.models.modes import set_mode
 from diptych.training.loop import fit
 from diptych.training.recipe import Recipe
 from diptych.training.step import accumulate_gradients, cached_gradients
-from diptych.types import Batch, PairEmbeddings, Text, Tokens
+from diptych.types import Batch, PairEmbeddings, Text
 
 CLOSE = {"f64": {"rtol": 1e-9, "atol": 1e-12}, "f32": {"rtol": 1e-4, "atol": 1e-5}}
 
 
 def batch_of(n: int, group: list[int] | None = None, keys: tuple[list[int], ...] | None = None) -> Batch:
-    ids = torch.zeros(n, 1, dtype=torch.int64)
-    columns = tuple(
-        Tokens(ids, torch.ones(n, 1, dtype=torch.bool), torch.tensor(key)) for key in keys or ([*range(n)], [*range(n)])
-    )
-    return Batch(tuple(map(str, range(n))), (), columns, torch.tensor(group or [*range(n)]))
+    return pairs(group or range(n), *(keys or (range(n), range(n))))
 
 
 def unit(n: int, seed: int = 0, *, sides: int = 3) -> tuple[Tensor, ...]:

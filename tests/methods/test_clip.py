@@ -6,22 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from by_hand import embeddings, pairs
 from diptych.methods.clip import Config, Objective, mini, recipe
 from diptych.models.dual import MAX_LOG_SCALE
-from diptych.types import Batch, PairEmbeddings, Tokens
-
-
-def pairs(group: list[int], key: list[int]) -> Batch:
-    n = len(group)
-    ids = torch.zeros(n, 1, dtype=torch.int64)
-    tokens = Tokens(ids, torch.ones(n, 1, dtype=torch.bool), torch.tensor(key))
-    return Batch(tuple(map(str, range(n))), (), (tokens,), torch.tensor(group))
-
-
-def embeddings(n: int, dim: int = 6) -> PairEmbeddings:
-    generator = torch.Generator().manual_seed(n)
-    image, text = torch.nn.functional.normalize(torch.randn(2, n, dim, generator=generator), dim=-1)
-    return PairEmbeddings((image,), (text,))
+from diptych.types import Batch, PairEmbeddings
 
 
 def loss(model, encoded: PairEmbeddings, batch: Batch, *, multi_positive: bool = True) -> float:

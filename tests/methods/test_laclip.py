@@ -8,6 +8,7 @@ import torch
 from numpy.testing import assert_allclose
 from torch.nn.functional import normalize
 
+from by_hand import pairs
 from diptych.claims.claim import Trial
 from diptych.claims.measures import drawn_scenes
 from diptych.claims.reproduce import check
@@ -31,14 +32,11 @@ from diptych.methods.laclip import (
 )
 from diptych.models.modes import set_mode
 from diptych.training.recipe import Recipe
-from diptych.types import Batch, PairEmbeddings, Sample, Text, Tokens
+from diptych.types import Batch, PairEmbeddings, Sample, Text
 
 
 def batch_of(keys: tuple[list[int], ...]) -> Batch:
-    n = len(keys[0])
-    ids = torch.zeros(n, 1, dtype=torch.int64)
-    columns = tuple(Tokens(ids, torch.ones(n, 1, dtype=torch.bool), torch.tensor(key)) for key in keys)
-    return Batch(tuple(map(str, range(n))), (), columns, torch.arange(n))
+    return pairs(range(len(keys[0])), *keys)
 
 
 def with_rewrites(source: AbstractSource, count: int) -> Listed:

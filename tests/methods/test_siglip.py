@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from by_hand import embeddings, pairs
 from diptych.data.tokenizer import Tokenizer
 from diptych.data.transforms import ImagePolicy
 from diptych.errors import ConfigError
@@ -11,7 +12,7 @@ from diptych.models.build import DualConfig, build
 from diptych.models.dual import DualEncoder, ScaleConfig
 from diptych.models.text import TextConfig
 from diptych.models.vision import VisionConfig
-from diptych.types import Batch, PairEmbeddings, Tokens
+from diptych.types import Batch, PairEmbeddings
 
 SCALE, BIAS = 10.0, -10.0
 
@@ -26,19 +27,6 @@ def model() -> DualEncoder:
         image_policy=ImagePolicy(size=16),
     )
     return build(config, Tokenizer.train(["a"], vocabulary=300, length=16))
-
-
-def pairs(group: list[int], key: list[int]) -> Batch:
-    n = len(group)
-    ids = torch.zeros(n, 1, dtype=torch.int64)
-    tokens = Tokens(ids, torch.ones(n, 1, dtype=torch.bool), torch.tensor(key))
-    return Batch(tuple(map(str, range(n))), (), (tokens,), torch.tensor(group))
-
-
-def embeddings(n: int, dim: int = 6) -> PairEmbeddings:
-    generator = torch.Generator().manual_seed(n)
-    image, text = torch.nn.functional.normalize(torch.randn(2, n, dim, generator=generator), dim=-1)
-    return PairEmbeddings((image,), (text,))
 
 
 def loss(model, encoded: PairEmbeddings, batch: Batch, *, multi_positive: bool = True) -> float:

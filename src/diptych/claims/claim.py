@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diptych.data.sources import AbstractSource
 from diptych.models.dual import DualEncoder
 from diptych.training.recipe import Recipe
 
@@ -24,14 +23,15 @@ class Trial:
         split: `validation` while hyper-parameters are chosen, `test` for the numbers that count. Training samples never change.
         changes: The point of the arm's grid that is tried.
         mini: Returns the small recipe of a method, by its slug.
-        train: Trains from a recipe on samples with this trial's seed, and returns the model with its final weights.
+        train: Trains from a recipe on samples with this trial's seed, and returns the model with its final weights. A model given third is
+            trained further, in place.
     """
 
     seed: int
     split: Literal["validation", "test"]
     changes: Mapping[str, Any]
     mini: Callable[[str], Recipe[Any]]
-    train: Callable[[Recipe[Any], AbstractSource], DualEncoder]
+    train: Callable[..., DualEncoder]
 
 
 @dataclass(frozen=True)

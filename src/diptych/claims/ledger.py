@@ -1,7 +1,6 @@
 """Results of claims: results/<slug>.json, one record per claim, and the table that the README shows of them."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from diptych.claims.verdict import Verdict
 from diptych.config import from_json
 from diptych.errors import ConfigError
-from diptych.files import atomic_file
+from diptych.files import atomic_file, replace_between
 from diptych.types import Interval
 
 START = "<!-- claims ledger: written by `diptych reproduce` from results/, not by hand -->"
@@ -165,13 +164,7 @@ def table(folder: Path) -> str:
 
 def update_readme(readme: Path, folder: Path) -> bool:
     """Put the ledger between its two comments in a file; return whether the file has them."""
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    inside = f"{START}\n\n{table(folder)}\n\n{END}"
-    new, count = re.subn(f"{re.escape(START)}.*?{re.escape(END)}", lambda _: inside, text, count=1, flags=re.DOTALL)
-    if new != text:
-        with atomic_file(readme) as file:
-            file.write_text(new, encoding="utf-8")
-    return bool(count)
+    return replace_between(readme, START, END, table(folder))
 
 
 def _row(result: Result, folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from diptych.data.sources import AbstractSource
 from diptych.models.dual import DualEncoder
+from diptych.models.modes import set_mode
 from diptych.training.loop import fit
 from diptych.training.prepare import choose_device, choose_start, make_loader, make_model
 from diptych.training.recipe import Recipe
@@ -19,7 +20,7 @@ from diptych.verbs import AbstractObjective
 
 
 def train_quietly(
-    recipe: Recipe[Any], source: AbstractSource, module: ModuleType, *, seed: int
+    recipe: Recipe[Any], source: AbstractSource, module: ModuleType, *, seed: int, model: DualEncoder | None = None
 ) -> tuple[DualEncoder, int]:
     """Return the trained model in eval mode, and how many samples it was shown, repeats counted.
 
@@ -30,6 +31,7 @@ def train_quietly(
         source: Training samples.
         module: Of the method that the recipe names.
         seed: Of weights, order, augmentation and dropout.
+        model: Trained further, in place; the one that the recipe says when absent.
     """
     start, _ = choose_start(recipe.model.start)
     recipe = replace(
@@ -40,7 +42,11 @@ def train_quietly(
         save_every=sys.maxsize,
         writers=(),
     )
-    model = make_model(recipe.model, source, seed=seed, offline=True).to(choose_device(recipe.device))
+    if model is None:
+        model = make_model(recipe.model, source, seed=seed, offline=True).to(choose_device(recipe.device))
+    else:
+        set_mode(model.vision, recipe.model.vision_mode)
+        set_mode(model.text, recipe.model.text_mode)
     objective: AbstractObjective[Any] = module.Objective(model, recipe.objective).to(model.device)
     loader = make_loader(recipe, source, model)
     torch.manual_seed(seed)

@@ -111,14 +111,15 @@ class Bench:
             recipe: Recipe[Any] = self._modules(slug).mini()
             return recipe
 
-        def train_one(recipe: Recipe[Any], source: AbstractSource) -> DualEncoder:
+        def train_one(recipe: Recipe[Any], source: AbstractSource, model: DualEncoder | None = None) -> DualEncoder:
             nonlocal samples
             code[recipe.method] = self._code(recipe.method)
-            model, shown = train.train_quietly(recipe, source, self._modules(recipe.method), seed=seed)
+            module = self._modules(recipe.method)
+            trained, shown = train.train_quietly(recipe, source, module, seed=seed, model=model)
             recipes.append(fingerprint(replace(recipe, seed=0)))
             data.append(source.fingerprint)
             samples += shown
-            return model
+            return trained
 
         began = time.perf_counter()
         value = _measure(arm, Trial(seed, split, changes, mini, train_one))

@@ -14,6 +14,8 @@ from diptych.evaluation.run import measure_retrieval
 from diptych.evaluation.stats import bootstrap
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import ProgressBar, describes, embed_source, embed_texts, folded
+from diptych.models.memory import TowerMemory
+from diptych.models.precision import Precision
 from diptych.types import Interval
 
 
@@ -87,6 +89,8 @@ def evaluate_languages(
     batch_size: int = 64,
     seed: int = 0,
     progress: ProgressBar | None = None,
+    memory: TowerMemory | None = None,
+    precision: Precision = "auto",
 ) -> LanguageTable:
     """Return retrieval between the images of a source and their texts in each language.
 
@@ -97,12 +101,22 @@ def evaluate_languages(
         batch_size: Images per forward pass.
         seed: Of the bootstrap.
         progress: Shows progress.
+        memory: Of the model and the source, where they are evaluated several times; changes no number.
+        precision: Of the towers: `auto` takes bf16 where the processor has it.
 
     Raises:
         EvaluationError: If no text has a language, or none is in a language asked for.
     """
     chosen = _known(source, languages)
-    embedded = embed_source(model, source, language=chosen[0], batch_size=batch_size, progress=progress)
+    embedded = embed_source(
+        model,
+        source,
+        language=chosen[0],
+        batch_size=batch_size,
+        progress=progress,
+        memory=memory,
+        precision=precision,
+    )
     found: dict[str, Retrieval] = {}
     images: dict[str, list[str]] = {}
     for language in chosen:
@@ -113,7 +127,8 @@ def evaluate_languages(
             if describes(text, language)
         ]
         captions, owner = tuple(text for _, text in pairs), tuple(row for row, _ in pairs)
-        here = replace(embedded, captions=captions, owner=owner, texts=embed_texts(model, captions))
+        texts = embed_texts(model, captions, memory=memory, precision=precision)
+        here = replace(embedded, captions=captions, owner=owner, texts=texts)
         found[language] = measure_retrieval(here, seed=seed)
         images[language] = list(dict.fromkeys(embedded.groups[row] for row in sorted(set(owner))))
     return LanguageTable(

@@ -17,6 +17,8 @@ from diptych.evaluation.stats import paired_difference
 from diptych.evaluation.zeroshot import ZeroShot, class_embeddings, read_prompts, zero_shot
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import Embedded, ProgressBar, embed_source, embed_texts, folded
+from diptych.models.memory import TowerMemory
+from diptych.models.precision import Precision, choose_precision
 from diptych.types import Interval
 
 Task = Literal["retrieval", "zeroshot"]
@@ -110,6 +112,8 @@ def evaluate_model(
     seed: int = 0,
     progress: ProgressBar | None = None,
     name: str = "",
+    memory: TowerMemory | None = None,
+    precision: Precision = "auto",
 ) -> Evaluation:
     """Return what a model does on a source.
 
@@ -124,12 +128,23 @@ def evaluate_model(
         seed: Of the bootstrap.
         progress: Shows progress.
         name: Of the model, for the record.
+        memory: Of the model and the source, where they are evaluated several times; changes no number.
+        precision: Of the towers: `auto` takes bf16 where the processor has it. The record says which it was.
 
     Raises:
         EvaluationError: If a task is asked for that the samples do not allow, or if they allow none.
     """
     began = time.perf_counter()
-    embedded = embed_source(model, source, language=language, batch_size=batch_size, progress=progress)
+    precision, _ = choose_precision(precision, model.device)
+    embedded = embed_source(
+        model,
+        source,
+        language=language,
+        batch_size=batch_size,
+        progress=progress,
+        memory=memory,
+        precision=precision,
+    )
     possible: dict[Task, bool] = {"retrieval": bool(embedded.captions), "zeroshot": _classifiable(embedded)}
     wanted = tasks or tuple(task for task, allowed in possible.items() if allowed)
     if not wanted:
@@ -146,20 +161,23 @@ def evaluate_model(
         "skipped": len(embedded.skipped),
         "language": language,
         "seed": seed,
+        "precision": precision,
         "image_policy": to_json(model.image_policy),
     }
     found_retrieval = found_zeroshot = found_linear = found_neighbours = None
     if "retrieval" in wanted:
         found_retrieval = measure_retrieval(embedded, seed=seed)
     if "zeroshot" in wanted:
-        found_zeroshot = _measure_zeroshot(model, embedded, prompts, seed)
+        found_zeroshot = _measure_zeroshot(model, embedded, prompts, seed, memory, precision)
         settings |= {
             "classes": len(found_zeroshot.classes),
             "prompts": prompts,
             "prompts_hash": found_zeroshot.prompts.digest,
         }
     if probe_source is not None:
-        train = embed_source(model, probe_source, language=language, batch_size=batch_size, progress=progress)
+        train = embed_source(
+            model, probe_source, language=language, batch_size=batch_size, progress=progress, precision=precision
+        )
         classes = sorted({label for label in train.labels if label is not None})
         features = (train.images, _indices(train, classes), embedded.images, _indices(embedded, classes))
         found_linear = linear_probe(*features, seed=seed)
@@ -230,10 +248,19 @@ def compare(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str
     return found
 
 
-def _measure_zeroshot(model: DualEncoder, embedded: Embedded, prompts: str, seed: int) -> ZeroShot:
+def _measure_zeroshot(
+    model: DualEncoder,
+    embedded: Embedded,
+    prompts: str,
+    seed: int,
+    memory: TowerMemory | None,
+    precision: Precision,
+) -> ZeroShot:
     classes = sorted({label for label in embedded.labels if label is not None})
     templates = read_prompts(prompts)
-    vectors = class_embeddings(lambda texts: embed_texts(model, texts), classes, templates)
+    vectors = class_embeddings(
+        lambda texts: embed_texts(model, texts, memory=memory, precision=precision), classes, templates
+    )
     labels = _indices(embedded, classes)
     return zero_shot(embedded.images, vectors, labels, classes, templates, domains=embedded.domains, seed=seed)
 

@@ -46,7 +46,7 @@ METHODS: Mapping[str, Method] = {
             "RS-M-CLIP: multilingual, remote sensing",
             "Silva et al., SIGSPATIAL 2024",
             "2410.23370",
-            "works",
+            "not reproduced",
         ),
         Method(
             "improved_baselines",
@@ -90,7 +90,9 @@ METHODS: Mapping[str, Method] = {
             "works",
         ),
         Method("ip_clip", "adapter", "IP-CLIP: prompt-based model protection", "Wang et al., CVPR 2025", "2503.02393"),
-        Method("zscl", "objective", "ZSCL: zero-shot continual learning", "Zheng et al., ICCV 2023", "2303.06628"),
+        Method(
+            "zscl", "objective", "ZSCL: zero-shot continual learning", "Zheng et al., ICCV 2023", "2303.06628", "works"
+        ),
         Method("gama", "attack", "GAMA: multi-object scene attacks", "Aich et al., NeurIPS 2022", "2209.09502"),
         Method(
             "sevlm",
@@ -99,7 +101,7 @@ METHODS: Mapping[str, Method] = {
             "Zhang et al., ECCV 2024",
             "2403.11150",
         ),
-        Method("mod_x", "objective", "Mod-X: off-diagonal information", "Ni et al., ICML 2023", "2305.07437"),
+        Method("mod_x", "objective", "Mod-X: off-diagonal information", "Ni et al., ICML 2023", "2305.07437", "works"),
         Method(
             "brain_encoding",
             "probe",
@@ -130,25 +132,34 @@ METHODS: Mapping[str, Method] = {
             "Ma et al., ICCV 2025",
             "2503.19480",
         ),
-        Method("metaclip", "curator", "MetaCLIP: metadata-curated data", "Xu et al., ICLR 2024", "2309.16671"),
+        Method("metaclip", "curator", "MetaCLIP: metadata-curated data", "Xu et al., ICLR 2024", "2309.16671", "works"),
         Method("diva", "objective", "DIVA: diffusion feedback", "Wang et al., ICLR 2025", "2407.20171"),
-        Method("vr_lwf", "objective", "VR-LwF: replayed vocabulary", "Ding et al., arXiv 2022", "2207.09248"),
+        Method("vr_lwf", "objective", "VR-LwF: replayed vocabulary", "Ding et al., arXiv 2022", "2207.09248", "works"),
     )
 }
 
 
-def load_method(slug: str) -> ModuleType:
+def load_method(slug: str, *, verb: Verb | None = None) -> ModuleType:
     """Return the module of a method that works, imported now.
 
+    Args:
+        slug: Its name.
+        verb: What it must be, such as an objective for training; None for any.
+
     Raises:
-        ConfigError: If there is no such method; names the nearest.
+        ConfigError: If there is no such method, or it is something else; names the nearest, or those that are.
         PlannedMethodError: If it has no code yet; names its paper and what works meanwhile.
     """
     if slug not in METHODS:
         raise ConfigError(f"There is no method {slug!r}. {nearest(slug, METHODS)}")
     method = METHODS[slug]
+    wanted = verb or method.verb
+    working = ", ".join(m.slug for m in METHODS.values() if m.state != "planned" and m.verb == wanted)
+    if method.verb != wanted:
+        raise ConfigError(
+            f"{slug} ({method.title}) has the verb {method.verb}, and this needs the verb {wanted}. What has it today: {working or 'nothing'}."
+        )
     if method.state == "planned":
-        working = ", ".join(m.slug for m in METHODS.values() if m.state != "planned" and m.verb == method.verb)
         raise PlannedMethodError(
             f"{slug} ({method.title}; {method.paper}) is planned: there is no code for it yet. "
             f"What works as {method.verb} today: {working or 'nothing'}."

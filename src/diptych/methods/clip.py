@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from diptych.data.loader import LoaderConfig, TextColumn
 from diptych.data.tokenizer import TextPolicy
 from diptych.data.transforms import Augment
-from diptych.losses.contrastive import info_nce, shared_positives
+from diptych.losses.contrastive import info_nce_per_text
 from diptych.models.build import DualConfig
 from diptych.models.dual import DualEncoder
 from diptych.training.optim import OptimizerConfig
@@ -50,8 +50,9 @@ class Objective(AbstractObjective[PairEmbeddings]):
 
     def loss(self, encoded: PairEmbeddings, batch: Batch) -> Losses:
         """Return InfoNCE; log n at chance."""
-        positives = shared_positives(batch.group, batch.texts[0].key) if self.config.multi_positive else None
-        contrastive = info_nce(encoded.images[0], encoded.texts[0], self.model.scale, positives=positives)
+        contrastive = info_nce_per_text(
+            encoded.images[0], encoded.texts[:1], batch, self.model.scale, multi_positive=self.config.multi_positive
+        )
         return Losses(contrastive, {"contrastive": contrastive})
 
 

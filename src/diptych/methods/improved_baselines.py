@@ -396,10 +396,10 @@ class Objective(AbstractObjective[MultiView]):
     def _towers(self, model: DualEncoder, batch: Batch) -> tuple[list[TowerOutput], list[TowerOutput]]:
         """Return what both towers say of every view; parts of strong texts are dropped in training."""
         weak, *strong = batch.texts
-        texts = [model.text(weak.ids, weak.mask)]
+        texts = [model.text_output(weak)]
         with dropping(model.text, stream=self.config.text_dropout, path=self.config.text_drop_path):
-            texts += [model.text(text.ids, text.mask) for text in strong]
-        return [model.vision(model.pixels(view)) for view in batch.images], texts
+            texts += [model.text_output(text) for text in strong]
+        return [model.image_output(view) for view in batch.images], texts
 
     def _strong_embeddings(self, features: Views) -> Views:
         """Return normalised embeddings of the strong views."""

@@ -21,9 +21,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diptych.claims.claim import Arm, Claim, Control, Part, Trial
 from diptych.claims.measures import drawn_scenes, mean_recall
 from diptych.curate.writers import RuleWriter
@@ -33,8 +30,7 @@ from diptych.data.text_changes import TextChange
 from diptych.data.texts import ShuffledTexts, WithTexts
 from diptych.data.tokenizer import TextPolicy
 from diptych.data.transforms import Augment
-from diptych.losses.contrastive import info_nce, shared_positives
-from diptych.losses.positives import Positives
+from diptych.losses.contrastive import info_nce_per_text
 from diptych.models.build import DualConfig
 from diptych.models.dual import DualEncoder
 from diptych.models.vision import VisionConfig
@@ -75,16 +71,10 @@ class Objective(AbstractObjective[PairEmbeddings]):
 
     def loss(self, encoded: PairEmbeddings, batch: Batch) -> Losses:
         """Return the mean loss over text columns; log n at chance."""
-        pairs = zip(encoded.texts, batch.texts, strict=True)
-        losses = [
-            info_nce(encoded.images[0], text, self.model.scale, positives=self._positives(batch, column.key))
-            for text, column in pairs
-        ]
-        contrastive = torch.stack(losses).mean()
+        contrastive = info_nce_per_text(
+            encoded.images[0], encoded.texts, batch, self.model.scale, multi_positive=self.config.multi_positive
+        )
         return Losses(contrastive, {"contrastive": contrastive})
-
-    def _positives(self, batch: Batch, key: Tensor) -> Positives | None:
-        return shared_positives(batch.group, key) if self.config.multi_positive else None
 
 
 def recipe() -> Recipe[Config]:

