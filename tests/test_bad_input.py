@@ -17,42 +17,19 @@ from PIL import Image, ImageDraw
 
 from diptych import commands
 from diptych.config import override
-from diptych.data.sources import open_source
+from diptych.data.sources import Columns, open_source
 from diptych.errors import CheckpointError, ColumnError, ConfigError, DataError, DiptychError, ImageError, TextError
-from diptych.methods import clip
 from diptych.models.checkpoint import save_model
+from diptych.use.search import Index
+from tiny_run import TINY, write_photos
 
-ARCHITECTURE = {
-    "vision": {"image_size": 16, "width": 16, "depth": 1, "heads": 2, "mlp_width": 32},
-    "text": {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32},
-    "image_head": {"dim": 8},
-    "text_head": {"dim": 8},
-    "image_policy": {"size": 16},
-    "text_policy": {"length": 16},
-}
-TINY = override(
-    clip.mini(),
-    {
-        "epochs": 2,
-        "evaluate_every": 0,
-        "log_every": 1,
-        "held_out": 0.25,
-        "model": {"architecture": ARCHITECTURE, "vocabulary": 300},
-        "data": {"batch_size": 8, "texts": [{}]},
-    },
-)
 STRICT = override(TINY, {"data": {"bad_samples": "strict"}})
 
 
 @pytest.fixture
 def photos(tmp_path, drawings) -> Path:
     """Return a folder of twelve good photos with captions."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for sample in drawings(12):
-        (folder / f"{sample.key}.png").write_bytes(sample.image)
-        (folder / f"{sample.key}.txt").write_text(sample.texts[0].text)
-    return folder
+    return write_photos(tmp_path / "photos", drawings(12))
 
 
 def train(source: Path | str, *, check: bool = True, recipe=TINY, **more) -> commands.TrainedRun:
@@ -175,7 +152,7 @@ def test_empty_texts_are_skipped_and_any_script_is_learnt(photos, tmp_path):
     assert "2 images without a caption take no part in retrieval." in (run.folder / "report.html").read_text()
     index = tmp_path / "index"
     commands.embed(str(photos), model=str(run.folder), out=index)
-    assert {"🐈🟥", "חתול אדום"} <= {text for item in commands.Index.read(index).items for text in item.texts}
+    assert {"🐈🟥", "חתול אדום"} <= {text for item in Index.read(index).items for text in item.texts}
     for text in ("חתול", "🐈", "new words: żółw"):
         assert len(commands.search(index, text=text)) == 10
     with pytest.raises(TextError, match="is empty"):
@@ -191,7 +168,7 @@ def test_very_long_texts_are_cut_and_said_so(photos, capsys):
 def test_missing_columns_name_the_nearest(photos):
     (photos / "table.csv").write_text("photo,wording\ns0.png,a red thing\ns1.png,a green thing\n")
     with pytest.raises(ColumnError, match=r"no column 'wordin'. Did you mean 'wording'\? Known: photo, wording."):
-        train(photos / "table.csv", columns=commands.Columns(texts=("wordin",)))
+        train(photos / "table.csv", columns=Columns(texts=("wordin",)))
     with pytest.raises(ColumnError, match="no column tells parts apart"):
         train(f"{photos / 'table.csv'}:train")
 

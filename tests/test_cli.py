@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from diptych import commands
-from diptych.cli import COMMANDS, main
-from diptych.methods import METHODS
+from diptych.cli import COMMANDS, main, usable_cores
+from diptych.methods import METHODS, clip
 
 ARCHITECTURE = {
     "vision": {"image_size": 16, "width": 16, "depth": 1, "heads": 2, "mlp_width": 32},
@@ -171,7 +171,7 @@ def test_help_of_train_explains_every_setting(call):
                 explanation = re.search(rf"{field.name}: (.*)", doc)
                 assert explanation is not None and explanation[1][:40].strip() in text, flag
 
-    check(commands.clip.recipe(), "")
+    check(clip.recipe(), "")
     assert "--method SLUG chooses the method; --config FILE.json" in text
 
 
@@ -262,12 +262,14 @@ def test_doctor_ends_with_1_when_it_found_errors(call, place, tmp_path):
     assert call("doctor", place / "photos", "--config", place / "tiny.json")[0] == 0
 
 
-@pytest.mark.parametrize(("command", "more"), [("train", " The run goes on with --resume."), ("embed", "")])
-def test_ctrl_c_ends_with_130_and_one_line(call, monkeypatch, command, more):
+@pytest.mark.parametrize(
+    ("command", "module", "more"), [("train", "training", " The run goes on with --resume."), ("embed", "using", "")]
+)
+def test_ctrl_c_ends_with_130_and_one_line(call, monkeypatch, command, module, more):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diptych.commands.open_source", stopped)
+    monkeypatch.setattr(f"diptych.commands.{module}.open_source", stopped)
     code, _, err = call(command, "photos", *(["--out", "x"] if command == "embed" else []))
     assert (code, err) == (130, f"diptych {command}: stopped.{more}\n")
 
@@ -285,3 +287,32 @@ def test_a_broken_pipe_is_silent(command, unbuffered):
     process.stdout.close()  # the reader goes before anything is written
     assert (process.stderr.read(), process.wait()) == (b"", 0)
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "siblings", "share", "expected"),
+    [
+        ({0, 1, 2, 3}, {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, "max 100000", 2),  # two threads per core
+        ({0, 2}, {0: "0,2", 2: "0,2"}, None, 1),
+        (set(range(8)), {}, "250000 100000", 3),
+        (set(range(8)), {}, "50000 100000", 1),
+        ({4, 5}, {}, "800000 100000", 2),
+    ],
+)
+def test_threads_are_no_more_than_the_cores_that_may_be_used(monkeypatch, allowed, siblings, share, expected):
+    known = {f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": text for n, text in siblings.items()}
+    monkeypatch.setattr("diptych.cli._read", (known | {"/sys/fs/cgroup/cpu.max": share}).get)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed, raising=False)
+    assert usable_cores() == expected
+
+
+def test_the_number_of_threads_is_chosen_before_torch_is_loaded_unless_it_was_set():
+    for given, expected in ((None, str(usable_cores())), ("7", "7")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        environment |= {} if given is None else {"OMP_NUM_THREADS": given}
+        code = (
+            "import os, sys; from diptych.cli import main; main(['--version']); "
+            "print(os.environ['OMP_NUM_THREADS'], 'torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-2:] == [expected, "False"]

@@ -7,34 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_run
 from diptych import commands
 from diptych.cli import read_config
 from diptych.config import override, to_json
+from diptych.data.sources import Columns
 from diptych.errors import CheckpointError, ConfigError, DataError, ImageError
-from diptych.methods import clip
 from diptych.models.weights import load
 from diptych.use.search import Index
+from tiny_run import write_photos
 
-ARCHITECTURE = {
-    "vision": {"image_size": 16, "width": 16, "depth": 1, "heads": 2, "mlp_width": 32},
-    "text": {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32},
-    "image_head": {"dim": 8},
-    "text_head": {"dim": 8},
-    "image_policy": {"size": 16},
-    "text_policy": {"length": 16},
-}
-TINY = override(
-    clip.mini(),
-    {
-        "epochs": 2,
-        "evaluate_every": 1,
-        "log_every": 1,
-        "save_every": 2,
-        "held_out": 0.25,
-        "model": {"architecture": ARCHITECTURE, "vocabulary": 300},
-        "data": {"batch_size": 8, "texts": [{}]},
-    },
-)
+TINY = override(tiny_run.TINY, {"evaluate_every": 1, "save_every": 2})
 
 
 @dataclass
@@ -46,14 +29,6 @@ class Place:
 
     def metrics(self) -> dict:
         return json.loads((self.run.folder / "metrics.json").read_text())
-
-
-def write_photos(folder: Path, source) -> Path:
-    folder.mkdir()
-    for sample in source:
-        (folder / f"{sample.key}.png").write_bytes(sample.image)
-        (folder / f"{sample.key}.txt").write_text(sample.texts[0].text)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +250,7 @@ def test_embed_then_search(place, tmp_path, capsys, drawings):
 def test_columns_that_were_named_are_remembered_by_the_index(place, tmp_path):
     table = place.photos.parent / "odd.csv"
     table.write_text("image,other,caption\nnone.png,photos/s0.png,a\nnone.png,photos/s1.png,b\n")
-    columns = commands.Columns(image="other")
+    columns = Columns(image="other")
     commands.embed(str(table), model=str(place.run.folder), out=tmp_path / "index", columns=columns)
     commands.search(tmp_path / "index", text="a red circle", html=tmp_path / "found.html")
     assert (tmp_path / "found.html").read_text().count("<img") == 2

@@ -14,6 +14,7 @@ from diptych.models.foreign import TimmConfig
 from diptych.models.heads import ClassMixtureHeadConfig
 from diptych.models.vision import VisionConfig
 from diptych.training.optim import OptimizerConfig
+from diptych.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,19 @@ def test_override_checks_values_as_reading_does():
         with pytest.raises(ConfigError, match=message):
             override(clip.recipe(), changes)
     assert override(clip.recipe(), {"optimizer": {"ema_decay": None}}).optimizer.ema_decay is None
+
+
+def test_a_generic_record_is_read_with_the_class_that_it_is_of():
+    recipe = replace(clip.recipe(), objective=clip.Config(multi_positive=False), epochs=3)
+    written = json.loads(json.dumps(to_json(recipe)))
+    assert from_json(Recipe, written, of=(clip.Config,)) == recipe
+    with pytest.raises(ConfigError, match=r"^Recipe.objective may be of any class. .*of=\(Config,\)"):
+        from_json(Recipe, written)
+    written["objective"]["multi_positives"] = True
+    with pytest.raises(ConfigError, match=r"^Recipe.objective has no key 'multi_positives'. Did you mean"):
+        from_json(Recipe, written, of=(clip.Config,))
+    with pytest.raises(ConfigError, match=r"^Recipe.objective takes a mapping of keys, not 3"):
+        override(recipe, {"objective": 3})
 
 
 def test_a_fingerprint_follows_every_value_and_kind():

@@ -36,6 +36,7 @@ def test_the_drawn_tree_is_the_tree_of_classes():
 
 def test_a_missing_extra_prints_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch", None)
+    monkeypatch.delitem(sys.modules, "usearch.index", raising=False)
     with pytest.raises(MissingExtraError, match=r"'usearch\.index'.* pip install 'diptych\[search\]'$") as error:
         require("usearch.index", "search")
     assert isinstance(error.value, ImportError) and isinstance(error.value.__cause__, ImportError)

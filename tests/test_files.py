@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diptych.files import atomic_file, atomic_folder, cache_folder, surviving
+from diptych.files import atomic_file, atomic_folder, cache_folder, replace_between, surviving
 
 
 def write(folder: Path, word: str) -> None:
@@ -199,3 +199,11 @@ def test_the_cache_folder(monkeypatch):
     assert cache_folder() == Path("somewhere/else")
     monkeypatch.setenv("DIPTYCH_CACHE", "")
     assert cache_folder() == Path.home() / ".cache" / "diptych"
+
+
+def test_text_is_put_between_marks(tmp_path):
+    page = tmp_path / "page.md"
+    assert not replace_between(page, "<!-- a -->", "<!-- b -->", "new") and not page.exists()
+    page.write_text("before <!-- a -->old\\1\n<!-- b --> after <!-- a -->second<!-- b -->")
+    assert replace_between(page, "<!-- a -->", "<!-- b -->", r"new\1")
+    assert page.read_text() == "before <!-- a -->\n\nnew\\1\n\n<!-- b --> after <!-- a -->second<!-- b -->"

@@ -27,6 +27,7 @@ ORDER = (
     "use",
     "claims",
     "methods",
+    "bench",
     "commands",
     "shipped",
     "cli",

@@ -34,12 +34,19 @@ def test_state_is_true(slug):
     else:
         module = load_method(slug)
         assert module.__doc__ and method.arxiv in module.__doc__
-        assert {"Config", "Objective", "recipe", "mini"} <= set(dir(module))
+        own = {"Objective", "recipe"} if method.verb == "objective" else {method.verb.capitalize()}
+        assert {"Config", "mini"} | own <= set(dir(module))
 
 
 def test_unknown_method_names_the_nearest():
     with pytest.raises(ConfigError, match="siglip"):
         load_method("siglib")
+
+
+def test_a_method_of_another_verb_is_no_objective():
+    assert load_method("metaclip", verb="curator") is load_method("metaclip")
+    with pytest.raises(ConfigError, match=r"metaclip .* verb curator, .* verb objective.*: clip, siglip"):
+        load_method("metaclip", verb="objective")
 
 
 def test_papers_page_agrees_with_the_table():

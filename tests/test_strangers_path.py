@@ -76,7 +76,7 @@ def test_from_photos_to_a_search(call, tmp_path):
 
     _, embed, *rest = commands[0].split()
     _, said = call(embed, *rest)
-    assert "50 images of 128 numbers each are in runs/export-clip/index" in said
+    assert "50 images of 128 numbers each, computed in " in said and "are in runs/export-clip/index" in said
     held = set(_held_out(tmp_path))
     trained = [number for number in range(50) if number not in held]
     found = 0

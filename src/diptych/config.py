@@ -26,18 +26,20 @@ def to_json(record: Any) -> Any:
     return str(record) if isinstance(record, Path) else record
 
 
-def from_json(cls: type[T], value: Any, *, where: str = "") -> T:
+def from_json(cls: type[T], value: Any, *, of: tuple[type, ...] = (), where: str = "") -> T:
     """Return the dataclass that `to_json` wrote, or that a user wrote by hand; absent keys keep their defaults.
 
     Args:
         cls: Dataclass, or any annotation that a dataclass field may have.
         value: Plain JSON values.
+        of: What stands in brackets behind a generic `cls`: for Recipe[Config], `from_json(Recipe, value, of=(Config,))`.
         where: Dotted path of `value`, for messages.
 
     Raises:
         ConfigError: With the nearest known key or the allowed values.
     """
-    return typing.cast(T, _read(cls, value, where or getattr(cls, "__name__", "value")))
+    generic: Any = cls
+    return typing.cast(T, _read(generic[of] if of else cls, value, where or getattr(cls, "__name__", "value")))
 
 
 def override(record: T, changes: Mapping[str, Any], *, where: str = "") -> T:
@@ -55,7 +57,8 @@ def override(record: T, changes: Mapping[str, Any], *, where: str = "") -> T:
         current, path = getattr(record, key), f"{where}.{key}"
         same = isinstance(value, Mapping) and value.get("kind", type(current).__name__) == type(current).__name__
         nested = same and dataclasses.is_dataclass(current)
-        new[key] = override(current, value, where=path) if nested else _read(hints[key], value, path)
+        hint = type(current) if isinstance(hints[key], TypeVar) else hints[key]
+        new[key] = override(current, value, where=path) if nested else _read(hint, value, path)
     return dataclasses.replace(record, **new)  # type: ignore[type-var]
 
 
@@ -66,8 +69,12 @@ def fingerprint(record: Any) -> str:
 
 def _read(annotation: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if dataclasses.is_dataclass(annotation):
-        return _read_dataclass(annotation, value, where)
+    if dataclasses.is_dataclass(origin or annotation):
+        return _read_dataclass(origin or annotation, arguments, value, where)
+    if isinstance(annotation, TypeVar):
+        raise ConfigError(
+            f"{where} may be of any class. Say of which: from_json({where.partition('.')[0]}, ..., of=(Config,))."
+        )
     if origin in (Union, types.UnionType):
         return _read_union(arguments, value, where)
     if origin is Literal:
@@ -93,10 +100,11 @@ def _read(annotation: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _read_dataclass(cls: Any, value: Any, where: str) -> Any:
+def _read_dataclass(cls: Any, arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} takes a mapping of keys, not {value!r}.")
-    hints = typing.get_type_hints(cls)
+    known = dict(zip(getattr(cls, "__parameters__", ()), arguments, strict=False))
+    hints = {name: known.get(hint, hint) for name, hint in typing.get_type_hints(cls).items()}
     names = [f.name for f in dataclasses.fields(cls)]
     _check_keys(cls, value, where)
     if value.get("kind", cls.__name__) != cls.__name__:

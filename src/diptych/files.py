@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and the folder for data made once."""
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -45,6 +46,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_between(path: Path, start: str, end: str, text: str) -> bool:
+    """Put text between two marks in a file, whatever stood there; return whether the file has the marks."""
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    inside = f"{start}\n\n{text}\n\n{end}"
+    new, count = re.subn(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: inside, old, count=1, flags=re.DOTALL)
+    if new != old:
+        with atomic_file(path) as file:
+            file.write_text(new, encoding="utf-8")
+    return bool(count)
 
 
 def surviving(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from diptych.errors import ConfigError, ImageError
 from diptych.models.codebook import CodebookHeadConfig, add_codebook
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import inference
-from diptych.use.concepts import common_words, explore, find_concepts, spotlight
+from diptych.use.concepts import Extent, common_words, explore, find_concepts, spotlight
 
 CONFIG = CodebookHeadConfig(codes=10, dim=8, temperature=2.0)
 
@@ -32,7 +32,7 @@ def looked_at(model: DualEncoder, picture: Image.Image) -> torch.Tensor:
 
 def test_sightings_are_the_images_with_the_best_patch(model, drawings):
     source = drawings(12)
-    for concept in find_concepts(model, source, concepts=3, images=12):
+    for concept in find_concepts(model, source, Extent(concepts=3, images=12)):
         scores = [sighting.score for sighting in concept.sightings]
         assert scores == sorted(scores, reverse=True)
         assert sorted(sighting.row for sighting in concept.sightings) == list(range(12))
@@ -50,7 +50,7 @@ def test_words_are_those_that_score_best_alone(model, drawings):
     tokens = model.tokenizer(vocabulary)
     with inference(model):
         scores = model.text_head.pooled(model.text(tokens.ids, tokens.mask)) * CONFIG.temperature
-    for concept in find_concepts(model, source, concepts=3, words=4):
+    for concept in find_concepts(model, source, Extent(concepts=3, words=4)):
         expected = scores[:, concept.code].topk(4)
         assert [word for word, _ in concept.words] == [vocabulary[i] for i in expected.indices]
         torch.testing.assert_close(torch.tensor([s for _, s in concept.words]), expected.values, rtol=1e-4, atol=1e-5)
@@ -58,7 +58,7 @@ def test_words_are_those_that_score_best_alone(model, drawings):
 
 def test_codes_that_vary_most_on_both_sides_come_first(model, drawings):
     source = drawings(12)
-    found = find_concepts(model, source, concepts=10)
+    found = find_concepts(model, source, Extent(concepts=10))
     texts = model.tokenizer([sample.texts[0].text for sample in source])
     pixels = torch.stack([torch.from_numpy(np.array(s.picture)).permute(2, 0, 1) for s in by_row(found)])
     with inference(model):
@@ -81,7 +81,7 @@ def by_row(found):
 
 def test_a_source_without_texts_has_images_only(model, drawings):
     source = Listed([replace(sample, texts=()) for sample in drawings(6)])
-    for concept in find_concepts(model, source, concepts=2):
+    for concept in find_concepts(model, source, Extent(concepts=2)):
         assert concept.words == () and concept.text_share is None
         assert concept.sightings[0].caption.startswith("s")  # the key
     assert "of texts" not in explore(model, source)
@@ -90,10 +90,10 @@ def test_a_source_without_texts_has_images_only(model, drawings):
 def test_unreadable_images_are_left_out(model, drawings):
     samples = list(drawings(6))
     source = Listed([replace(samples[0], image=b"no image"), replace(samples[1], image=None), *samples[2:]])
-    (concept,) = find_concepts(model, source, concepts=1, images=9)
+    (concept,) = find_concepts(model, source, Extent(concepts=1, images=9))
     assert {sighting.row for sighting in concept.sightings} == {2, 3, 4, 5}
     with pytest.raises(ImageError, match="None of the first 2 images of listed can be read"):
-        explore(model, source, limit=2)
+        explore(model, source, Extent(limit=2))
 
 
 def test_without_a_codebook_there_is_nothing_to_explore(make_model, drawings):
@@ -104,7 +104,7 @@ def test_without_a_codebook_there_is_nothing_to_explore(make_model, drawings):
 def test_the_page_needs_nothing_else_and_escapes_what_users_wrote(model, drawings):
     samples = list(drawings(6))
     bad = replace(samples[0], texts=(replace(samples[0].texts[0], text="<b>bold</b> & red"),))
-    html = explore(model, Listed([bad, *samples[1:]], "<mine>"), concepts=4, images=2)
+    html = explore(model, Listed([bad, *samples[1:]], "<mine>"), Extent(concepts=4, images=2))
     assert html.startswith("<!doctype html>") and html.count("Code ") == 4
     assert html.count("data:image/webp;base64,") == 4 * 2 * 2  # each picture, and its patches
     assert "<script" not in html and not re.search(r'(?:src|href)="(?!data:)', html)

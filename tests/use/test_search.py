@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from diptych.use.search import (
     Item,
     approximate_finder,
     build_index,
+    check_model,
     embed_query,
     exact_finder,
     pictures,
@@ -84,7 +86,7 @@ def test_a_query_needs_something(model):
 
 def test_an_image_finds_itself(model, drawings):
     source = drawings(12)
-    index = build_index(model, source, model_spec="m", source_spec="s")
+    index = build_index(model, source, model_spec="m", source_spec="s", precision="fp32")
     for i in (0, 5, 11):
         best = search_index(index, embed_query(model, image=source[i].image), count=1)[0]
         assert best.item == Item(f"s{i}", i, (source.texts(i)[0].text,))
@@ -102,7 +104,7 @@ def test_rows_count_unreadable_images_too(model, drawings):
 
 
 def test_saved_and_read(tmp_path):
-    index = replace(random_index(5), skipped=2, columns=Columns(image="bild", texts=("was",)))
+    index = replace(random_index(5), skipped=2, columns=Columns(image="bild", texts=("was",)), precision="bf16")
     odd = ("zwei\u2028Zeilen \x85 \n", "אדום", '🐈 "x"')
     index = replace(index, items=(Item("ü/1", 0, odd), Item("k", 1, ()), *index.items[2:]))
     index.save(tmp_path / "a" / "index")
@@ -112,6 +114,24 @@ def test_saved_and_read(tmp_path):
     replace(index, items=index.items[:1], images=index.images[:1]).save(tmp_path / "a" / "index")
     assert len(Index.read(tmp_path / "a" / "index").items) == 1
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["index"]
+
+
+def test_an_index_says_its_precision_and_one_that_does_not_is_fp32(model, drawings, tmp_path):
+    calls: list[object] = []
+    hook = model.text.register_forward_hook(lambda *call: calls.append(call))
+    rounded, full = (
+        build_index(model, drawings(3), model_spec="m", source_spec="s", precision=precision)
+        for precision in ("bf16", "fp32")
+    )
+    assert (rounded.precision, full.precision) == ("bf16", "fp32") and calls == []  # captions are shown, not embedded
+    assert not torch.equal(rounded.images, full.images) and (rounded.images * full.images).sum(1).min() > 0.999
+    hook.remove()
+    check_model(rounded, model)
+    full.save(tmp_path)
+    record = json.loads((tmp_path / "index.json").read_text())
+    del record["precision"]
+    (tmp_path / "index.json").write_text(json.dumps(record))
+    assert Index.read(tmp_path).precision == "fp32"
 
 
 def test_a_folder_without_an_index(tmp_path):
@@ -181,3 +201,13 @@ def test_a_picture_whose_file_was_deleted_is_left_out(tmp_path: Path, drawings):
     source = open_source(tmp_path)
     (tmp_path / "0.png").unlink()
     assert set(pictures(source, [Hit(1, 0.5, Item(f"{i}.png", i, ())) for i in (0, 1)])) == {"1.png"}
+
+
+def test_exact_finder_is_a_stable_sort_of_everything():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(-2, 3, (200, 3), generator=generator).float()  # many equal scores
+    for query in torch.randint(-2, 3, (20, 3), generator=generator).float():
+        scores = images @ query
+        order = sorted(range(200), key=lambda row: (-float(scores[row]), row))
+        for count in (1, 7, 200, 300):
+            assert exact_finder(images)(query, count) == ([float(scores[row]) for row in order[:count]], order[:count])

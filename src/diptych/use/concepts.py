@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 
@@ -12,13 +13,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from diptych.data.images import decode
 from diptych.data.sources import AbstractSource
-from diptych.data.transforms import preprocess
 from diptych.errors import ConfigError, ImageError
 from diptych.models.codebook import CodebookHead
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import inference
+from diptych.models.embedding import evaluation_view, inference
 from diptych.types import TowerOutput, map_tensors
 from diptych.use.page import page, thumbnail, words
 
@@ -63,53 +62,48 @@ class Concept:
     sightings: tuple[Sighting, ...]
 
 
-def explore(
-    model: DualEncoder,
-    source: AbstractSource,
-    *,
-    concepts: int = 24,
-    images: int = 5,
-    words: int = 8,
-    limit: int = 1000,
-) -> str:
-    """Return a page on the codes that tell samples apart most, as HTML.
+@dataclass(frozen=True)
+class Extent:
+    """How much is looked at and shown.
 
-    Args:
-        model: Has codebook heads.
-        source: Images, with or without texts. Words are taken from its texts.
+    Attributes:
         concepts: Codes to show.
         images: Images per code.
         words: Words per code.
         limit: Samples that are looked at, from the first.
+    """
+
+    concepts: int = 24
+    images: int = 5
+    words: int = 8
+    limit: int = 1000
+
+
+def explore(model: DualEncoder, source: AbstractSource, extent: Extent = Extent()) -> str:
+    """Return a page on the codes that tell samples apart most, as HTML; see `find_concepts`."""
+    return render_concepts(find_concepts(model, source, extent), source.name)
+
+
+def find_concepts(model: DualEncoder, source: AbstractSource, extent: Extent = Extent()) -> list[Concept]:
+    """Return the codes that tell samples apart most, those first whose weights vary most over images and over texts.
+
+    A code that every sample uses alike says nothing, however heavy it is.
+
+    Args:
+        model: Has codebook heads.
+        source: Images, with or without texts. Words are taken from its texts.
+        extent: How much is looked at and returned.
 
     Raises:
         ConfigError: If the model has no codebook.
         ImageError: If no image can be read.
-    """
-    return render_concepts(
-        find_concepts(model, source, concepts=concepts, images=images, words=words, limit=limit), source.name
-    )
-
-
-def find_concepts(
-    model: DualEncoder,
-    source: AbstractSource,
-    *,
-    concepts: int = 24,
-    images: int = 5,
-    words: int = 8,
-    limit: int = 1000,
-) -> list[Concept]:
-    """Return the codes that tell samples apart most, those first whose weights vary most over images and over texts.
-
-    A code that every sample uses alike says nothing, however heavy it is. For arguments and errors see `explore`.
     """
     image_head, text_head = model.image_head, model.text_head
     if not isinstance(image_head, CodebookHead) or not isinstance(text_head, CodebookHead):
         raise ConfigError(
             "This model has no codebook. Put one on it with diptych.models.codebook.add_codebook, then train it."
         )
-    rows, pixels = _readable(model, source, limit)
+    rows, pixels = _readable(model, source, extent.limit)
     texts = [text.text for row in rows for text in source.texts(row) if text.role != "hard_negative"]
     with inference(model):
         seen, image_weights = _activations(image_head, (_look(model, batch) for batch in pixels.split(BATCH)))
@@ -120,8 +114,8 @@ def find_concepts(
             _, text_weights = _activations(text_head, _read(model, texts))
             salience, text_shares = salience * text_weights.std(0, correction=0), text_weights.mean(0)
         found = []
-        for code in salience.topk(min(concepts, len(salience))).indices.tolist():
-            best = seen[:, code].topk(min(images, len(rows)))
+        for code in salience.topk(min(extent.concepts, len(salience))).indices.tolist():
+            best = seen[:, code].topk(min(extent.images, len(rows)))
             sightings = tuple(
                 Sighting(
                     rows[place],
@@ -132,7 +126,7 @@ def find_concepts(
                 )
                 for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             )
-            spoken = [] if said is None else said[:, code].topk(min(words, len(vocabulary)))
+            spoken = [] if said is None else said[:, code].topk(min(extent.words, len(vocabulary)))
             found.append(
                 Concept(
                     code,
@@ -193,14 +187,9 @@ def _readable(model: DualEncoder, source: AbstractSource, limit: int) -> tuple[l
     """Return rows and pixels of the images that can be read."""
     rows, pixels = [], []
     for row in range(min(limit, len(source))):
-        try:
-            image = source[row].image
-            if image is None:
-                continue
-            pixels.append(preprocess(decode(image, background=model.image_policy.background), model.image_policy))
+        with suppress(ImageError):
+            pixels.append(evaluation_view(model, source[row]))
             rows.append(row)
-        except ImageError:
-            continue
     if not rows:
         raise ImageError(
             f"None of the first {limit} images of {source.name} can be read, so there is nothing to explore."
@@ -209,14 +198,13 @@ def _readable(model: DualEncoder, source: AbstractSource, limit: int) -> tuple[l
 
 
 def _look(model: DualEncoder, pixels: UInt8[Tensor, "b 3 h w"]) -> TowerOutput:
-    return model.vision(model.pixels(pixels.to(model.device)))  # type: ignore[no-any-return]
+    return model.image_output(pixels.to(model.device))
 
 
 def _read(model: DualEncoder, texts: Sequence[str]) -> Iterable[TowerOutput]:
     for start in range(0, len(texts), 4 * BATCH):
         tokens = model.tokenizer(texts[start : start + 4 * BATCH])
-        tokens = map_tensors(lambda tensor: tensor.to(model.device), tokens)
-        yield model.text(tokens.ids, tokens.mask)
+        yield model.text_output(map_tensors(lambda tensor: tensor.to(model.device), tokens))
 
 
 def _activations(

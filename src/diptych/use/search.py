@@ -21,7 +21,8 @@ from diptych.data.transforms import preprocess
 from diptych.errors import CheckpointError, ImageError, InputError, require
 from diptych.files import atomic_folder
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import ProgressBar, embed_source, embed_texts, inference
+from diptych.models.embedding import ProgressBar, embed_source_images, embed_texts, inference
+from diptych.models.precision import Precision, choose_precision
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Index:
         images: L2-normalised embeddings.
         skipped: Images that could not be read.
         columns: What the columns of the source were said to mean.
+        precision: Of the towers: fp32 or bf16. Queries of either kind may be compared with it.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Index:
     images: Float[Tensor, "n d"]
     skipped: int = 0
     columns: Columns = Columns()
+    precision: str = "fp32"
 
     def save(self, folder: Path) -> None:
         """Write the index; the folder holds the old one or the new one, whole."""
@@ -71,6 +74,7 @@ class Index:
                 "source": self.source,
                 "skipped": self.skipped,
                 "columns": to_json(self.columns),
+                "precision": self.precision,
             }
             (target / "index.json").write_text(json.dumps(record, indent=2))
             lines = (json.dumps(asdict(item), ensure_ascii=False) for item in self.items)
@@ -100,6 +104,7 @@ class Index:
             load_file(folder / "embeddings.safetensors")["images"],
             record["skipped"],
             from_json(Columns, record["columns"]),
+            record.get("precision", "fp32"),  # what an index was before it said so
         )
 
 
@@ -126,16 +131,16 @@ def build_index(
     source_spec: str,
     columns: Columns = Columns(),
     progress: ProgressBar | None = None,
+    precision: Precision = "auto",
 ) -> Index:
-    """Return the index of a source; unreadable images are left out and counted."""
-    embedded = embed_source(model, source, progress=progress)
-    texts: list[list[str]] = [[] for _ in embedded.keys]
-    for text, owner in zip(embedded.captions, embedded.owner, strict=True):
-        texts[owner].append(text)
+    """Return the index of a source; unreadable images are left out and counted. `auto` takes bf16 where the processor has it."""
+    precision, _ = choose_precision(precision, model.device)
+    shown, images = embed_source_images(model, source, progress=progress, precision=precision)
     items = tuple(
-        Item(key, row, tuple(found)) for key, row, found in zip(embedded.keys, embedded.rows, texts, strict=True)
+        Item(sample.key, row, tuple(text.text for text in sample.texts if text.role == "caption"))
+        for row, sample in zip(shown.rows, shown.samples, strict=True)
     )
-    return Index(model_spec, model.fingerprint, source_spec, items, embedded.images, len(embedded.skipped), columns)
+    return Index(model_spec, model.fingerprint, source_spec, items, images, len(shown.skipped), columns, precision)
 
 
 def check_model(index: Index, model: DualEncoder) -> None:
@@ -177,8 +182,10 @@ def exact_finder(images: Float[Tensor, "n d"]) -> Finder:
 
     def find(query: Tensor, count: int) -> tuple[Sequence[float], Sequence[int]]:
         scores = images @ query
-        order = torch.sort(scores, descending=True, stable=True)
-        return order.values[:count].tolist(), order.indices[:count].tolist()
+        least = scores.topk(min(count, len(scores))).values[-1]
+        rows = torch.nonzero(scores >= least).flatten()  # no more than `count`, but for equal scores
+        order = torch.sort(scores[rows], descending=True, stable=True)
+        return order.values[:count].tolist(), rows[order.indices[:count]].tolist()
 
     return find
 

@@ -1,0 +1,110 @@
+"""`evaluate`: what a model can do, with intervals."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from diptych.commands.records import write_json
+from diptych.commands.terminal import chosen, progress, say
+from diptych.data.bundles import prompts_of
+from diptych.data.sources import Columns, open_source
+from diptych.evaluation.languages import evaluate_languages
+from diptych.evaluation.run import Evaluation, Task, compare, evaluate_model
+from diptych.models.dual import DualEncoder
+from diptych.models.memory import TowerMemory, remembered
+from diptych.models.precision import Precision
+from diptych.models.weights import load
+
+
+def evaluate(
+    source: Positional[str],
+    *,
+    model: str = "auto",
+    against: str | None = None,
+    tasks: tuple[Task, ...] | None = None,
+    prompts: str | None = None,
+    language: str | None = None,
+    languages: tuple[str, ...] = (),
+    probe_on: str | None = None,
+    columns: Columns = Columns(),
+    json_out: Annotated[str | None, arg(name="json")] = None,
+    batch_size: int = 64,
+    precision: Precision = "auto",
+    seed: int = 0,
+    offline: bool = False,
+) -> Evaluation:
+    """Measure a model on samples, every number with its 95 % interval.
+
+    Args:
+        source: Samples with captions (retrieval), labels (zero-shot classification), or both.
+        model: Anything `diptych.load` takes; `auto` is lite0-minilm where its packages are installed, else mini.
+        against: A second model, measured on the same samples; the paired differences (model minus against) are printed.
+        tasks: What to measure; whatever the samples allow when absent.
+        prompts: Prompt file for zero-shot (photo, overhead, style, name); chosen by the data set when absent.
+        language: Measure retrieval with texts of this language (ISO 639-1) instead of the captions.
+        languages: Also print retrieval in each of these languages, `all` for all that the samples have.
+        probe_on: Training samples for a linear probe and nearest neighbours on frozen image embeddings.
+        columns: What the columns of a table mean.
+        json_out: File to write the numbers to as JSON; `-`, or no file, for the output.
+        batch_size: Images per forward pass.
+        precision: Of the towers; `auto` takes bf16 where the processor has it. The record says which it was.
+        seed: Of the bootstrap.
+        offline: Never touch the network.
+    """
+    samples = open_source(source, columns=columns)
+    for sentence in samples.notes:
+        say(sentence)
+    model = chosen(model)
+
+    def measure(encoder: DualEncoder, spec: str, memory: TowerMemory | None = None) -> Evaluation:
+        return evaluate_model(
+            encoder,
+            samples,
+            tasks=tasks,
+            probe_source=None if probe_on is None else open_source(probe_on, columns=columns),
+            prompts=prompts or prompts_of(samples.name),
+            language=language,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+            name=spec,
+            memory=memory,
+            precision=precision,
+        )
+
+    encoder = load(model, offline=offline).requires_grad_(False)  # nothing is trained, so both measurements may share
+    with remembered(encoder, samples) as memory:
+        found = measure(encoder, model, memory if languages else None)
+        print_metrics(found)
+        named = None if languages == ("all",) else languages
+        table = languages and evaluate_languages(
+            encoder, samples, named, batch_size=batch_size, seed=seed, memory=memory, precision=precision
+        )
+    record = found.to_json()
+    if against is not None:
+        differences = compare(measure(load(against, offline=offline), against), found, seed=seed)
+        record["difference"] = {name: asdict(value) for name, value in differences.items()}
+        say(f"{model} minus {against}, paired over the same items:")
+        for name, value in differences.items():
+            verdict = "differs" if value.low > 0 or value.high < 0 else "no difference shown"
+            say(f"  {name:32} {value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]  {verdict}")
+    if table:
+        record["languages"] = table.to_json()
+        for line in table.lines():
+            say(line)
+    if json_out == "-":
+        print(json.dumps(record, indent=2))
+    elif json_out is not None:
+        write_json(Path(json_out), record)
+    return found
+
+
+def print_metrics(evaluation: Evaluation) -> None:
+    """Say every number, and what the reader must know about them."""
+    for name, value in evaluation.headline().items():
+        say(f"  {name:32} {value}")
+    for note in evaluation.notes:
+        say(f"  {note}")
