@@ -48,3 +48,16 @@ def test_median_interval_covers():
 def test_best_has_the_smallest_median():
     assert best({"a": [3.0, 1.0, 2.0], "b": [1.9, 1.9, 9.0]}, ["a", "b"]) == "b"
     assert best({"a": [1.0]}, []) is None
+
+
+def test_a_slow_contender_takes_part_in_some_turns_only():
+    asked: list[str] = []
+
+    def contender(name: str, seconds: float, every: int) -> Contender:
+        return Contender(name, lambda: Turn((asked.append(name), seconds)[1]), every)
+
+    seconds = take_turns([contender("quick", 1.0, 1), contender("slow", 8.0, 3)], 6, skip=3)
+    assert asked.count("quick") == 9 and asked.count("slow") == 3
+    assert [math.isnan(taken) for taken in seconds["slow"]] == [False, True, True, False, True, True]
+    assert ratio(seconds["slow"], seconds["quick"]).value == 8.0
+    assert best(seconds, ["slow", "quick"]) == "quick"

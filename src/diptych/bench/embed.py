@@ -27,7 +27,7 @@ from diptych.errors import DiptychError
 from diptych.evaluation.run import measure_retrieval
 from diptych.evaluation.stats import paired_difference
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import Embedded, embed_images, embed_texts, inference
+from diptych.models.embedding import Embedded, embed_images, embed_texts, looking
 from diptych.models.precision import choose_precision
 from diptych.models.weights import load
 from diptych.types import Sample, TowerOutput
@@ -48,8 +48,8 @@ class Setting:
         evaluated: Images whose retrieval is measured, at most.
     """
 
-    images: int = 64
-    turns: int = 7
+    images: int = 256
+    turns: int = 5
     evaluated: int = 1000
 
 
@@ -68,8 +68,9 @@ def measure(setting: Setting, anchors: Anchors) -> Finding:
         ]
 
         def ours(sides: list[Tensor]) -> Tensor:
-            with inference(model, "auto"):
-                return model.encode_image(torch.stack(sides)).clone()
+            with looking(model, "auto"):
+                batches = (torch.stack(sides[start : start + 64]) for start in range(0, len(sides), 64))
+                return torch.cat([model.encode_image(batch) for batch in batches]).clone()
 
         def ours_from_files(given: list[Sample]) -> Tensor:
             return embed_images(model, given, precision="auto")
@@ -96,7 +97,7 @@ def measure(setting: Setting, anchors: Anchors) -> Finding:
         unchanged, agreements = retrieval_rows(model, source, setting.evaluated, naive, plainly_opened, ours_from_files)
     return Finding(
         f"Embeddings of images by `lite0-minilm` (EfficientNet-Lite0). `loop`: the same timm model in fp32, one image at a time, with timm's "
-        f"preprocessing. `diptych`: batches of 64, channels last, {precision} where the processor has it.",
+        f"preprocessing. `diptych`: batches of 64, channels last, fused kernels, {precision} where the processor has it.",
         {**vars(setting), "source": source.name, "precision": precision},
         (
             Table(

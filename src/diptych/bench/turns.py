@@ -30,10 +30,12 @@ class Contender:
     Attributes:
         name: In tables.
         step: Takes one.
+        every: It takes part in every so many turns, for one that is too slow for all of them.
     """
 
     name: str
     step: Callable[[], Turn]
+    every: int = 1
 
 
 def timed(name: str, function: Callable[[], Any]) -> Contender:
@@ -48,7 +50,7 @@ def timed(name: str, function: Callable[[], Any]) -> Contender:
 
 
 def take_turns(contenders: Sequence[Contender], turns: int, *, skip: int = 0) -> dict[str, list[float]]:
-    """Return the seconds of each contender's steps, by name.
+    """Return the seconds of each contender's steps, by name; NaN for turns that it took no part in.
 
     Every second turn goes in reverse order, so that none always follows the same other.
 
@@ -61,7 +63,7 @@ def take_turns(contenders: Sequence[Contender], turns: int, *, skip: int = 0) ->
     assert len(seconds) == len(contenders)
     for turn in range(skip + turns):
         for contender in contenders[:: -1 if turn % 2 else 1]:
-            taken = contender.step().seconds
+            taken = math.nan if turn % contender.every else contender.step().seconds
             if turn >= skip:
                 seconds[contender.name].append(taken)
     return seconds
@@ -75,9 +77,10 @@ def ratio(times: Sequence[float], reference: Sequence[float]) -> Interval:
 def median(values: Sequence[float]) -> Interval:
     """Return the median between two order statistics that hold the true one with 95 % confidence, whatever the distribution.
 
-    Fewer than six values cannot give that confidence; then the ends are the smallest and the largest.
+    Fewer than six values cannot give that confidence; then the ends are the smallest and the largest. NaN does not count.
     """
-    ordered, count = sorted(values), len(values)
+    ordered = sorted(value for value in values if not math.isnan(value))
+    count = len(ordered)
     left, below = 2.0**-count, 0  # the chance that no more than `below` values lie under the true median
     while left <= 0.025:
         below += 1
@@ -87,4 +90,4 @@ def median(values: Sequence[float]) -> Interval:
 
 def best(seconds: Mapping[str, Sequence[float]], names: Sequence[str]) -> str | None:
     """Return which of the names has the smallest median; None if there are none."""
-    return min(names, key=lambda name: statistics.median(seconds[name]), default=None)
+    return min(names, key=lambda name: median(seconds[name]).value, default=None)

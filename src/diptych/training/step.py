@@ -6,8 +6,8 @@
 With several processes both see the batch of all of them, see `distributed`.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Literal
@@ -41,13 +41,14 @@ def accumulate_gradients(
         TrainingError: If a loss is not finite.
     """
     seen = []
-    for number, batch in enumerate(islice(batches, count), start=1):
-        distributed.synchronise(objective, on=number == count)
-        with autocast:
-            encoded = objective.encode(batch)
-        losses = _loss(objective, encoded, batch)
-        (losses.total / count).backward()
-        seen.append(map_tensors(torch.Tensor.detach, losses))
+    with _converting_once(objective):
+        for number, batch in enumerate(islice(batches, count), start=1):
+            distributed.synchronise(objective, on=number == count)
+            with autocast:
+                encoded = objective.encode(batch)
+            losses = _loss(objective, encoded, batch)
+            (losses.total / count).backward()
+            seen.append(map_tensors(torch.Tensor.detach, losses))
     return seen
 
 
@@ -74,7 +75,7 @@ def cached_gradients(
     source, device = iter(batches), objective.model.device
     buffers = [buffer.clone() for buffer in objective.buffers()]
     chunks, states = [], []
-    with torch.no_grad():
+    with torch.no_grad(), _converting_once(objective):
         for batch in islice(source, count):
             states.append(_generators(device))
             with autocast:
@@ -86,13 +87,14 @@ def cached_gradients(
     losses.total.backward()
     after, start = _generators(device), 0
     gradients = [tensor.grad for tensor in tensors_of(encoded)]
-    for number, (batch, state) in enumerate(zip(islice(source, count), states, strict=True), start=1):
-        distributed.synchronise(objective, on=number == count)
-        _replay(state, device)
-        with autocast:
-            again = objective.encode(batch)
-        _send_back(tensors_of(again), gradients, start)
-        start += len(batch)
+    with _converting_once(objective):
+        for number, (batch, state) in enumerate(zip(islice(source, count), states, strict=True), start=1):
+            distributed.synchronise(objective, on=number == count)
+            _replay(state, device)
+            with autocast:
+                again = objective.encode(batch)
+            _send_back(tensors_of(again), gradients, start)
+            start += len(batch)
     _replay(after, device)
     return [map_tensors(torch.Tensor.detach, losses)]
 
@@ -113,6 +115,20 @@ def clip_gradients(module: nn.Module, norm: float | None) -> float:
         for parameters in distributed.by_sharding(module.parameters()):
             nn.utils.clip_grads_with_norm_(parameters, norm, found)
     return found.item()
+
+
+@contextmanager
+def _converting_once(objective: AbstractObjective[Encoded]) -> Iterator[None]:
+    """Let what autocast has converted of the weights last from batch to batch while open; they do not change within a step.
+
+    Autocast forgets when the outermost context closes, so a context that is off goes around. Sharded weights are not to be kept whole.
+    """
+    with (
+        nullcontext()
+        if distributed.is_sharded(objective)
+        else torch.autocast(objective.model.device.type, enabled=False)
+    ):
+        yield
 
 
 def _loss(objective: AbstractObjective[Encoded], encoded: Encoded, batch: Batch) -> Losses:
