@@ -29,7 +29,7 @@ docs: $(VENV)/.dev
 	$(RUN)/mkdocs build --strict --quiet
 	$(RUN)/python -m pytest -q tests/test_docs.py -m "slow or not slow"
 
-# About 35 minutes on two idle cores, after five for the environments of the other libraries.
+# About half an hour on two idle cores, after five for the environments of the other libraries.
 bench: $(VENV)/.dev $(ANCHORS)
 	$(RUN)/diptych bench
 	@set -e; for program in $(wildcard benchmarks/*.py); do $(RUN)/python $$program; done
