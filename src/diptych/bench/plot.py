@@ -67,14 +67,24 @@ def _draw_data(figure: Any, rows: list[Mapping[str, Any]]) -> None:
 def _draw_bars(
     figure: Any, rows: list[Mapping[str, Any]], key: str, label: str, name: Callable[[Mapping[str, Any]], str]
 ) -> None:
-    """Draw one bar per row with its interval, ours in blue, and a line at 1."""
+    """Draw one bar per row with its interval, ours in blue, and a line at 1; a bar that dwarfs the others is cut off, its number is not."""
     axis = figure.subplots()
+    highest = sorted(row[key]["high"] for row in rows)
+    end = 1.15 * (highest[-2] if len(rows) > 1 and highest[-1] > 4 * highest[-2] else highest[-1])
     for place, row in enumerate(rows):
         ratio = row[key]
         ends = [[ratio["value"] - ratio["low"]], [ratio["high"] - ratio["value"]]]
         colour = BLUE if row["name"].startswith("diptych") else GREY
         axis.barh(place, ratio["value"], xerr=ends, color=colour, ecolor="black", capsize=3)
-        axis.annotate(f" {ratio['value']:.2f}", (ratio["high"], place), va="center")
+        cut = ratio["high"] > end
+        axis.annotate(
+            f" {ratio['value']:.2f}{' (cut off) ' if cut else ''}",
+            (min(ratio["high"], end), place),
+            va="center",
+            ha="right" if cut else "left",
+            color="white" if cut else "black",
+        )
+    axis.set_xlim(0, end)
     axis.axvline(1, color="black", linewidth=1, linestyle="--")
     axis.set_yticks(range(len(rows)), [name(row) for row in rows])
     axis.invert_yaxis()
