@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def launch(*arguments: str, world: int = 2) -> list[subprocess.Popen]:
-    """Start Python with these arguments in so many processes."""
+    """Start Python with these arguments in so many processes; code ends as the command line does, see there."""
+    if arguments[0] == "-c":
+        arguments = ("-c", f"{arguments[1]}\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n", *arguments[2:])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -3,8 +3,9 @@
 import statistics
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -153,4 +154,9 @@ def open_imagefolder(folder: Path, workers: int, start: int) -> Iterator[Tensor]
     return (images for images, _ in loaded(ImageFolder(str(folder / "photos"), square()), workers, start))
 
 
-OPEN = dict(zip(OWN, (open_ours, lambda *given: open_ours(*given, scaled=True), open_imagefolder), strict=True))
+_OPENERS: tuple[Callable[[Path, int, int], Iterator[Tensor]], ...] = (
+    open_ours,
+    partial(open_ours, scaled=True),
+    open_imagefolder,
+)
+OPEN = dict(zip(OWN, _OPENERS, strict=True))
