@@ -13,15 +13,8 @@ import pytest
 from diptych import commands
 from diptych.cli import COMMANDS, main, usable_cores
 from diptych.methods import METHODS, clip
+from tiny_run import ARCHITECTURE
 
-ARCHITECTURE = {
-    "vision": {"image_size": 16, "width": 16, "depth": 1, "heads": 2, "mlp_width": 32},
-    "text": {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32},
-    "image_head": {"dim": 8},
-    "text_head": {"dim": 8},
-    "image_policy": {"size": 16},
-    "text_policy": {"length": 16},
-}
 TINY = {
     "epochs": 1,
     "held_out": 0.25,
