@@ -9,12 +9,14 @@ from itertools import islice
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diptych.data.loader import Loader, LoaderConfig
 from diptych.data.sources import Listed
 from diptych.data.transforms import Augment
 from diptych.errors import TrainingError
 from diptych.methods import clip, siglip
+from diptych.training import step
 from diptych.training.step import accumulate_gradients, cached_gradients
 from diptych.types import Batch, Encoded, Losses, PairEmbeddings, Text, concatenate, rows
 from diptych.verbs import AbstractObjective
@@ -200,3 +202,29 @@ def test_a_broken_loss_is_named(objective, drawings):
         objective.model.log_scale.fill_(math.nan)
     with pytest.raises(TrainingError, match="the loss is nan"):
         cached_gradients(objective, batches + batches, 3, nullcontext())
+
+
+class CountConversions(TorchDispatchMode):
+    """Counts how often a tensor becomes bf16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("take", [cached_gradients, accumulate_gradients])
+def test_weights_are_converted_once_and_no_number_changes(objective, drawings, monkeypatch, take):
+    repeat = 3 if take is cached_gradients else None
+    batches = list(islice(loader(objective, drawings(12), repeat), 3 * (repeat is not None) + 3))
+    found, counts = [], []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(step, "_converting_once", lambda objective: nullcontext())
+        with CountConversions() as mode:
+            take(objective, batches, 3, torch.autocast("cpu", torch.bfloat16))
+        found.append(gradients(objective))
+        counts.append(mode.count)
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items()) and found[1]
+    assert counts[0] < counts[1]
