@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 
+from diptych.errors import ConfigError
 from diptych.losses.distill import (
+    check_settings,
     cross_entropy_of_views,
     moved_centre,
     soft_cross_entropy,
@@ -122,3 +124,11 @@ def test_the_least_cost_is_where_the_distributions_agree():
     costs = torch.stack([soft_cross_entropy(torch.stack([p, 1 - p]).log()[None], teacher, 1.0) for p in shares])
     assert shares[costs.argmin()].item() == pytest.approx(0.6)
     assert costs.min().item() == pytest.approx(0.6730, abs=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [((1.0, -0.1), 2.0, 0.2), ((1.0, 1.0), 0.0, 0.2), ((1.0, 1.0), 2.0, 1.0)])
+def test_settings_out_of_range_are_named(wrong):
+    check_settings((0.0, 1.0), 2.0, 0.0)
+    with pytest.raises(ConfigError, match="temperature > 0") as error:
+        check_settings(*wrong)
+    assert str(wrong[0]) in str(error.value)

@@ -8,11 +8,13 @@ Source: Caron et al. 2021 (DINO), section 3.1 and algorithm 1.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diptych.errors import ConfigError
 from diptych.losses.full import full
 
 
@@ -110,3 +112,12 @@ def used_share(target: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
     """
     entropy: Tensor = torch.special.entr(full(target).mean(0)).sum()
     return entropy / math.log(target.shape[-1])
+
+
+def check_settings(weights: Sequence[float], temperature: float, label_smoothing: float) -> None:
+    """Raise ConfigError unless weights are >= 0, the temperature is > 0 and the label smoothing in [0, 1)."""
+    if min(weights) < 0 or temperature <= 0 or not 0 <= label_smoothing < 1:
+        raise ConfigError(
+            f"objective takes weights >= 0, a temperature > 0 and a label_smoothing in [0, 1); they are {tuple(weights)}, "
+            f"{temperature} and {label_smoothing}."
+        )

@@ -32,7 +32,7 @@ from diptych.config import override
 from diptych.data.loader import LoaderConfig
 from diptych.data.tokenizer import Tokenizer
 from diptych.errors import ConfigError
-from diptych.losses.distill import soft_cross_entropy
+from diptych.losses.distill import check_settings, soft_cross_entropy
 from diptych.models.dual import DualEncoder
 from diptych.models.supervision import Supervision
 from diptych.models.teacher import Frozen
@@ -80,11 +80,7 @@ class Config:
 
     def __post_init__(self) -> None:
         weights = (self.image_weight, self.text_weight)
-        if min(weights) < 0 or self.temperature <= 0 or not 0 <= self.label_smoothing < 1:
-            raise ConfigError(
-                f"objective takes weights >= 0, a temperature > 0 and a label_smoothing in [0, 1); they are {weights}, "
-                f"{self.temperature} and {self.label_smoothing}."
-            )
+        check_settings(weights, self.temperature, self.label_smoothing)
         if (len(self.sentences) or self.count) < 2:
             raise ConfigError(
                 f"A head of one sentence tells no images apart. objective.count is {self.count}, and there are "
