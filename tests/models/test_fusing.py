@@ -54,6 +54,7 @@ def test_whole_networks_give_the_same(name, left):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 of its own")
 def test_in_bf16_all_but_the_first_are_rounded():
     network = trained(TimmTower(TimmConfig("tf_efficientnet_lite0")).model)
     fused = fuse(network, "bf16")
