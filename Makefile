@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-EXTRAS := curate,dev,demo,docs,hf,log,openclip,plot,pretrained,probe,search
+EXTRAS := curate,dev,demo,docs,hf,log,ocr,openclip,plot,pretrained,probe,ray,search
 ANCHORS := $(patsubst benchmarks/anchors/%.txt,.bench/%/.done,$(wildcard benchmarks/anchors/*.txt))
 
 .PHONY: demo test test-slow check docs bench mini clean

@@ -128,7 +128,7 @@ def arguments_of(command: str) -> list[tuple[str, bool]]:
             parameter.kind is parameter.POSITIONAL_OR_KEYWORD,
         )
         for name, parameter in inspect.signature(getattr(commands, command)).parameters.items()
-        if name not in ("recipe", "columns")
+        if name not in ("recipe", "columns", "steps", "settings")  # spread over the command line
     ]
 
 

@@ -15,7 +15,12 @@ COMMANDS = {
     "evaluate": "measure a model, every number with its interval: diptych evaluate ./photos --model runs/photos-clip",
     "embed": "embed images into a folder: diptych embed ./photos --model mini --out index",
     "search": "find images by words or by a picture: diptych search index --text 'a red cat'",
+    "link": "link the records of two tables: diptych link a.csv b.csv --out links.csv",
+    "cluster": "find records that are one entity: diptych cluster records.csv --out clusters.csv",
+    "probe": "measure what a model's layers say, such as of a brain: diptych probe ./images --responses recordings.npz",
+    "anomaly": "score pictures of a product and show what is wrong: diptych anomaly ./photos --detector.product bottle --html found.html",
     "doctor": "look for trouble before training: diptych doctor ./photos",
+    "curate": "choose what to train on, with a reason for every pair: diptych curate ./raw --out curated",
     "rewrite": "rewrite captions with a language model: diptych rewrite ./photos --out rewritten.parquet",
     "convert": "write a model for open_clip or transformers: diptych convert runs/demo --out clip --to hf",
     "methods": "list all methods and their state",
@@ -24,7 +29,11 @@ COMMANDS = {
     "demo": "train on emoji from scratch in minutes, with a report",
 }
 
-_GOES_ON = {"train": " The run goes on with --resume.", "reproduce": " The same command goes on where it stopped."}
+_GOES_ON = {
+    "train": " The run goes on with --resume.",
+    "reproduce": " The same command goes on where it stopped.",
+    "curate": " The same command goes on where it stopped.",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,7 +97,14 @@ def _run(command: str, arguments: list[str]) -> int | None:
         return None
     if command not in COMMANDS:
         raise ConfigError(f"There is no command {command!r}. {nearest(command, COMMANDS)}")
-    run = {"methods": _methods, "train": _train, "doctor": _doctor, "evaluate": _evaluate}.get(command)
+    run = {
+        "methods": _methods,
+        "train": _train,
+        "doctor": _doctor,
+        "evaluate": _evaluate,
+        "curate": _curate,
+        "probe": _probe,
+    }.get(command)
     return run(arguments) if run else _plain(command, arguments)
 
 
@@ -121,6 +137,23 @@ def _plain(command: str, arguments: list[str]) -> int:
     return 0
 
 
+def _probe(arguments: list[str]) -> int:
+    """Run `probe`; the settings of `--method` are spread over the command line."""
+    import tyro
+
+    from diptych import commands
+    from diptych.methods import load_method
+
+    method, arguments = _take("--method", arguments)
+    probes = [m.slug for m in METHODS.values() if m.verb == "probe" and m.state != "planned"]
+    settings = load_method(method or probes[0], verb="probe").Config
+    spread: Any = Annotated[settings, tyro.conf.arg(name="")]
+    also = f"--method SLUG chooses the probe ({', '.join(probes)}); these are its settings."
+    run = _typed(commands.probe, "settings", spread, settings(), also)
+    _call(run, "probe", arguments if method is None else [*arguments, "--method", method])
+    return 0
+
+
 def _evaluate(arguments: list[str]) -> int:
     """Run `evaluate`; `--json` alone prints to the output, `--json FILE` writes a file."""
     from diptych import commands
@@ -146,6 +179,21 @@ def _doctor(arguments: list[str]) -> int:
     return 0 if _call_with_recipe(commands.doctor, "doctor", arguments).healthy else 1
 
 
+def _curate(arguments: list[str]) -> int:
+    """Run `curate`; `--config FILE` changes the steps that flags start from, and may be the curation.json of an earlier run."""
+    from functools import partial
+
+    from diptych import commands
+    from diptych.config import override
+    from diptych.curate.pipeline import CurateConfig
+
+    path, arguments = _take("--config", arguments)
+    record = read_config(Path(path)) if path else {}
+    steps = override(CurateConfig(), record.get("config", record), where="steps")
+    _call(partial(commands.curate, steps=steps), "curate", arguments)
+    return 0
+
+
 def _call(function: Callable[..., Any], command: str, arguments: list[str]) -> Any:
     """Call a function with arguments from the command line."""
     import tyro
@@ -155,8 +203,6 @@ def _call(function: Callable[..., Any], command: str, arguments: list[str]) -> A
 
 def _call_with_recipe(function: Callable[..., Any], command: str, arguments: list[str]) -> Any:
     """Call a function whose `recipe` is spread over the command line, with the defaults of `--method` and `--config`."""
-    import inspect
-
     import tyro
 
     from diptych.commands import read_recipe
@@ -171,18 +217,25 @@ def _call_with_recipe(function: Callable[..., Any], command: str, arguments: lis
     # What an architecture is built of is chosen in a file; on the command line its settings are plain flags, not subcommands.
     spread: Any = Annotated[typed, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands]
 
+    also = "--method SLUG chooses the method; --config FILE.json (such as the recipe.json of a run) changes the defaults shown here."
+    return _call(_typed(function, "recipe", spread, default, also), command, arguments)
+
+
+def _typed(function: Callable[..., Any], name: str, annotation: Any, default: Any, also: str) -> Callable[..., Any]:
+    """Return a function whose parameter `name` has this annotation and default, and whose help has one sentence more."""
+    import inspect
+
     def run(**values: Any) -> Any:
         return function(**values)
 
     parameters = inspect.signature(function).parameters
     first, _, rest_of_doc = (inspect.getdoc(function) or "").partition("\n\n")
-    also = "--method SLUG chooses the method; --config FILE.json (such as the recipe.json of a run) changes the defaults shown here."
     run.__doc__ = f"{first}\n\n{also}\n\n{rest_of_doc}"
-    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {"recipe": spread}
-    new = parameters["recipe"].replace(default=default, annotation=spread)
-    rest = [parameter for name, parameter in parameters.items() if name != "recipe"]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()} | {name: annotation}
+    new = parameters[name].replace(default=default, annotation=annotation)
+    rest = [parameter for other, parameter in parameters.items() if other != name]
     run.__signature__ = inspect.Signature([*rest, new])  # type: ignore[attr-defined]
-    return tyro.cli(run, prog=f"diptych {command}", args=arguments)
+    return run
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -87,7 +87,8 @@ class TowerOutput:
         tokens: Patches in row order (no class token), or text tokens. None for towers that have none.
         mask: True at real tokens; None when all are real.
         grid: (rows, columns) of the patches; None for text.
-        layers: The residual stream after each layer asked for, class token included, in the order asked.
+        layers: The residual stream after each layer asked for, class token included, in the order asked. Of networks of convolutions the
+            feature maps after each stage asked for, places in row order; stages differ in size and width.
         attention: Attention probabilities of each layer asked for.
     """
 
@@ -95,7 +96,7 @@ class TowerOutput:
     tokens: Float[Tensor, "b t w"] | None = None
     mask: Bool[Tensor, "b t"] | None = None
     grid: tuple[int, int] | None = None
-    layers: tuple[Float[Tensor, "b s w"], ...] = ()
+    layers: tuple[Float[Tensor, "b _s _w"], ...] = ()
     attention: tuple[Float[Tensor, "b heads s s"], ...] = ()
 
 

@@ -23,11 +23,45 @@ E = TypeVar("E", bound=Encoded)
 
 
 class AbstractCurator(ABC):
-    """Rewrites or filters a table of pairs."""
+    """Rewrites or filters a table of pairs.
+
+    Rows stay where they are. The column `reason` (strings, made if absent) says what dropped a row and is null while the row is kept;
+    rows that have a reason pass through untouched. So curators follow one another, and nothing is lost. As a step of `diptych curate`,
+    which gives tables in pieces, what becomes of a row must follow from that row alone; what has to see all rows is a surveyor.
+
+    Attributes:
+        reads_images: Whether the table must have a column `image` (encoded bytes, null where there is none).
+    """
+
+    reads_images: bool = False
 
     @abstractmethod
     def curate(self, table: "pa.Table") -> "pa.Table":
-        """Return the table with a `reason` column that says what happened to each row."""
+        """Return the table with `reason`, and maybe with more columns or other texts."""
+
+
+class AbstractSurveyor(ABC):
+    """A curator that has to see all rows first: `survey` looks at each part, `merge` joins what was found, `informed` curates with it.
+
+    Parts may be cut anywhere and come from any process; the result must not depend on that. Rows with a reason are not looked at.
+
+    Attributes:
+        reads_images: As a curator's, for `survey`; what `informed` returns has its own.
+    """
+
+    reads_images: bool = False
+
+    @abstractmethod
+    def survey(self, table: "pa.Table") -> "pa.Table":
+        """Return what must be known of some rows, as a table of any columns; those of several parts are put one behind the other."""
+
+    @abstractmethod
+    def merge(self, surveys: "Iterable[pa.Table]") -> "pa.Table":
+        """Return what must be known of all rows. `surveys` come in the order of the source and can be gone through several times."""
+
+    @abstractmethod
+    def informed(self, merged: "pa.Table") -> AbstractCurator:
+        """Return the curator that knows about all rows."""
 
 
 class AbstractObjective(nn.Module, ABC, Generic[E]):

@@ -24,6 +24,8 @@ def run_arm(part):
     def run(trial):
         with CALLS.open("a") as file:
             file.write(f"{part} {trial.seed} {trial.split} {trial.changes.get('bonus', '-')}\\n")
+        if part != "control":
+            trial.note("twice", 2.0 * trial.seed)
         return GAIN[part] + trial.changes.get("bonus", 0.0) + trial.seed + 0.001 * (trial.seed % 2) * (part == "method")
     return run
 

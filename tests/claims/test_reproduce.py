@@ -1,3 +1,4 @@
+import copy
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from diptych.claims import train
 from diptych.claims.claim import Arm, Claim, Control
 from diptych.claims.reproduce import check, reproduce_method, seeds_of
 from diptych.claims.train import train_quietly
@@ -63,6 +65,11 @@ def test_the_result(fake, tmp_path):
     assert (result.verdict, result.seeds, result.metric) == ("reproduced", (0, 1, 2), "sum")
     assert (result.command, result.versions) == ("diptych reproduce fake", VERSIONS)
     assert set(result.hashes.code) == {"fake"} and result.hashes.recipes["method"] == []
+
+
+def test_further_numbers_stand_beside_the_metric(fake, tmp_path):
+    for result in (reproduce(fake(), tmp_path), reproduce(fake(), tmp_path)):  # run, and from the log
+        assert result.noted == {"twice": {key: [0.0, 2.0, 4.0] for key in ("baseline", "method", "further arm")}}
 
 
 def test_where_lower_is_better_the_lowest_is_chosen_and_a_gain_is_a_loss(fake, tmp_path):
@@ -353,3 +360,31 @@ def test_the_log_survives_a_second_reader(fake, tmp_path):
     before = log.read_text()
     Bench(lambda slug: fake(), log, VERSIONS)
     assert log.read_text() == before
+
+
+def test_arms_of_one_seed_may_share_what_they_train(drawings, tmp_path, monkeypatch):
+    source, seen, runs = drawings(20), [], []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    quietly = train.train_quietly
+    monkeypatch.setattr(
+        train, "train_quietly", lambda *rest, **more: runs.append(more["seed"]) or quietly(*rest, **more)
+    )
+
+    def run(trial):
+        model = trial.train(override(trial.mini("clip"), TINY), source, shared=True)
+        seen.append(copy.deepcopy(model))
+        with torch.no_grad():
+            model.log_scale.zero_()  # each arm has a model of its own
+        return seen[-1].log_scale.item()
+
+    bench = Bench(load_method, tmp_path / "log.jsonl", {})
+    claim = replace(claim_with(*THREE), slug="clip")
+    outcomes = [
+        bench.run(claim, Arm(name, "further", run), seed, "test", {})
+        for seed, name in ((0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (0, "c"))
+    ]
+    assert runs == [0, 1, 2, 0]  # only the latest two are kept
+    assert [outcome.samples for outcome in outcomes] == [32] * 6 and len({o.recipes for o in outcomes}) == 1
+    assert [o.value for o in outcomes][:2] == [outcomes[5].value] * 2 != [o.value for o in outcomes][2:4]
+    weights = [torch.cat([p.flatten() for p in model.vision.parameters()]) for model in seen]
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[5])

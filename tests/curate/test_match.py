@@ -185,6 +185,24 @@ class TestBatches:
         assert matches == [[0], [], [0, 1], [], [1], [], [0, 1]]
 
     @pytest.mark.slow
+    def test_other_processes_take_their_share_once_they_are_there(self, batches, monkeypatch):
+        taken, here, match_here = [], [], Matcher.__call__
+        monkeypatch.setattr(Matcher, "__call__", lambda self, texts: here.append(texts) or match_here(self, texts))
+
+        def until_others_have_some():
+            while len(taken) - len(here) < 4 and len(taken) < 1200:
+                taken.append(batches[len(taken) % 4])
+                yield taken[-1]
+                time.sleep(0.05)
+
+        found = list(match_batches(Matcher(["cat", "dog"]), until_others_have_some(), "text", processes=2))
+        assert len(taken) - len(here) >= 3  # one may be on its way to this process
+        assert here[0] == batches[0]["text"]  # which did not wait for them
+        assert [batch.drop_columns("matches") for batch in found] == taken
+        expected = [batch["matches"].to_pylist() for batch in match_batches(Matcher(["cat", "dog"]), batches, "text")]
+        assert [batch["matches"].to_pylist() for batch in found] == [expected[i % 4] for i in range(len(found))]
+
+    @pytest.mark.slow
     def test_no_more_than_two_batches_per_process_are_held(self, batches):
         taken = 0
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from diptych.data.parts import Prompted, by_class, by_domain, prompt, slices
+from diptych.data.parts import Prompted, by_class, by_domain, one_against_others, prompt, slices
 from diptych.data.sources import Listed
 from diptych.errors import ConfigError, DataError
 
@@ -60,3 +60,24 @@ def test_slices_are_the_whole_in_order(drawings, count):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(ConfigError, match="1 to 12 slices, not 13"):
         slices(source, 13)
+
+
+def test_one_domain_against_others(drawings):
+    samples = [replace(s, domain=("a", "b", "c")[row % 3]) for row, s in enumerate(drawings(9))]
+    source = Listed(samples, "drawings")
+    one, others = one_against_others(source, "b")
+    assert [s.key for s in one] == ["s1", "s4", "s7"] and {s.domain for s in others} == {"a", "c"} and len(others) == 6
+    assert {s.domain for s in one_against_others(source, "b", ("c",))[1]} == {"c"}
+
+
+@pytest.mark.parametrize(("one", "others"), [("x", ()), ("a", ("a",)), ("a", ("b", "x"))])
+def test_a_domain_is_there_and_on_one_side(drawings, one, others):
+    samples = [replace(s, domain=("a", "b")[row % 2]) for row, s in enumerate(drawings(4))]
+    with pytest.raises(ConfigError, match="drawings has the domains a, b"):
+        one_against_others(Listed(samples, "drawings"), one, others)
+
+
+def test_a_domain_alone_has_no_others(drawings):
+    source = Listed([replace(s, domain="a") for s in drawings(3)], "drawings")
+    with pytest.raises(ConfigError, match="a against nothing"):
+        one_against_others(source, "a")

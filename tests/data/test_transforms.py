@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-from diptych.data.transforms import Augment, ImagePolicy, augment, preprocess, random_box
+from diptych.data.transforms import Augment, ImagePolicy, augment, preprocess, random_box, uncut
 from diptych.errors import ImageError
 
 SIZES = [(37, 53), (53, 37), (31, 31), (224, 101), (7, 200), (64, 64), (1, 1), (2, 1)]
@@ -203,3 +203,19 @@ def test_boxes_are_spread_evenly():
     assert np.abs(np.log(w / h)).max() > math.log(1.45)
     assert (boxes[:, 0] / (100 - w)).mean() == pytest.approx(0.5, abs=0.02)  # as often left as right
     assert (boxes[:, 1] / (100 - h)).mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("size", [(37, 53), (53, 37), (31, 31), (224, 101)])
+def test_uncut_keeps_all_of_an_image(size):
+    image = noise(*size)
+    found = uncut(image, ImagePolicy(32, resize="squash", crop_fraction=0.5))
+    short = Resize(32, InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(found, PILToTensor()(short(image)))
+    square = preprocess(image, ImagePolicy(32))
+    left, top = (round((side - 32) / 2) for side in reversed(found.shape[1:]))
+    assert torch.equal(found[:, top : top + 32, left : left + 32], square)
+
+
+def test_uncut_refuses_a_thread():
+    with pytest.raises(ImageError, match="becomes 64 x 640000000; at most"):
+        uncut(Image.new("RGB", (1, 10_000_000)), ImagePolicy(64))

@@ -3,7 +3,7 @@ import pytest
 
 from diptych.errors import EvaluationError
 from diptych.evaluation import stats
-from diptych.evaluation.stats import bootstrap, bootstrap_strata, paired_difference
+from diptych.evaluation.stats import bootstrap, bootstrap_means, bootstrap_strata, paired_difference
 from diptych.types import Interval
 
 
@@ -88,3 +88,27 @@ def test_equal_scores_differ_by_exactly_nothing():
 def test_undefined_input_is_refused(call, message):
     with pytest.raises(EvaluationError, match=message):
         call()
+
+
+def test_a_function_of_means_equals_a_naive_bootstrap():
+    rng = np.random.default_rng(3)
+    first, second = rng.random((5, 2)), rng.random((4, 1))
+    found = bootstrap_means(lambda a, b, c: a * (b - c), first, second, seed=1)
+    assert found.value == pytest.approx(first[:, 0].mean() * (first[:, 1].mean() - second.mean()))
+    draws = []
+    for _ in range(20_000):
+        a, b = first[rng.integers(5, size=5)].mean(0)
+        draws.append(a * (b - second[rng.integers(4, size=4)].mean()))
+    assert (found.low, found.high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.02)
+
+
+def test_the_mean_of_one_sample_has_the_interval_of_the_plain_bootstrap():
+    scores = (np.random.default_rng(0).random(200) < 0.3).astype(float)
+    plain, found = bootstrap(scores), bootstrap_means(lambda mean: mean, scores[:, None])
+    assert found.value == plain.value and (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=0.01)
+
+
+@pytest.mark.parametrize("sample", [np.zeros((0, 1)), np.array([[np.nan]])])
+def test_a_function_of_means_needs_finite_items(sample):
+    with pytest.raises(EvaluationError):
+        bootstrap_means(lambda mean: mean, sample)

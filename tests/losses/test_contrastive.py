@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from by_hand import embeddings, pairs
-from diptych.losses.contrastive import info_nce, info_nce_per_text, shared_positives, sigmoid_loss
+from diptych.losses.contrastive import info_nce, info_nce_of_views, shared_positives, sigmoid_loss
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -174,7 +174,7 @@ def test_each_text_column_has_its_own_positives_and_the_mean_is_returned(multi_p
             positives[0, 3] = positives[3, 0] = True
         shared[0][1, 2] = shared[0][2, 1] = True
     first, second = (info_nce(image, text, 7.0, positives=p) for text, p in zip((one, two), shared, strict=True))
-    found = info_nce_per_text(image, (one, two), batch, 7.0, multi_positive=multi_positive)
+    found = info_nce_of_views((image,), (one, two), batch, 7.0, multi_positive=multi_positive)
     torch.testing.assert_close(found, (first + second) / 2)
-    alone = info_nce_per_text(image, (one,), batch, 7.0, multi_positive=multi_positive)
+    alone = info_nce_of_views((image,), (one,), batch, 7.0, multi_positive=multi_positive)
     torch.testing.assert_close(alone, first)  # columns that are not given do not count

@@ -6,6 +6,7 @@ import torch
 
 from diptych.errors import ConfigError
 from diptych.losses.distill import (
+    AbstractDistillation,
     check_settings,
     cross_entropy_of_views,
     moved_centre,
@@ -132,3 +133,8 @@ def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ConfigError, match="temperature > 0") as error:
         check_settings(*wrong)
     assert str(wrong[0]) in str(error.value)
+
+
+@pytest.mark.parametrize(("image", "text", "expected"), [(0.0, 0.0, False), (1.0, 0.0, True), (0.0, 1.0, True)])
+def test_a_teacher_has_a_say_where_a_weight_is_above_zero(image, text, expected):
+    assert AbstractDistillation(image_weight=image, text_weight=text).distils is expected

@@ -68,9 +68,24 @@ def test_the_scale_is_clamped_at_100(model):
     assert loss(model, encoded, batch) == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_the_first_view_and_the_first_text_are_used(model):
+def test_views_count_alike(model):
+    one, batch = embeddings(5), pairs([*range(5)], [*range(5)])
+    both = PairEmbeddings((one.images[0], one.images[0].roll(1, 1)), one.texts)
+    alone = [loss(model, PairEmbeddings((image,), one.texts), batch) for image in both.images]
+    assert loss(model, both, batch) == pytest.approx(sum(alone) / 2, rel=1e-6) and alone[0] != pytest.approx(alone[1])
+
+
+def test_every_view_is_encoded(model):
+    image = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    two = replace(pairs([0, 1, 2], [0, 1, 2]), images=(image, image.flip(3)))
+    encoded = Objective(model.eval(), Config()).encode(two)
+    assert len(encoded.images) == 2 and len(encoded.texts) == 1
+    torch.testing.assert_close(encoded.images[1], model.encode_image(two.images[1]))
+
+
+def test_only_the_first_text_is_used(model):
     encoded, batch = embeddings(5), pairs([*range(5)], [*range(5)])
-    more = PairEmbeddings(encoded.images * 2, (encoded.texts[0], -encoded.texts[0]))
+    more = PairEmbeddings(encoded.images, (encoded.texts[0], -encoded.texts[0]))
     column = replace(batch.texts[0], key=torch.zeros(5, dtype=torch.int64))
     assert loss(model, more, replace(batch, texts=(batch.texts[0], column))) == loss(model, encoded, batch)
 

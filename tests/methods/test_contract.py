@@ -28,6 +28,7 @@ OBJECTIVES = [slug for slug, method in METHODS.items() if method.verb == "object
 CHANCE: dict[str, Callable[[int], float]] = {
     "clip": math.log,
     "alip": lambda n: 2 * math.log(n),  # two texts; no weights before the first training batch
+    "clippings": math.log,
     "fdt": math.log,
     "laclip": math.log,
     "siglip": lambda n: n * math.log(2),

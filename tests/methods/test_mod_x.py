@@ -189,9 +189,19 @@ def test_the_scale_is_trained_and_clamped(make_model, drawings):
 
 
 def test_misplaced_targets_cost_more(make_model, drawings):
-    right, wrong = (Objective(make_model(), Config(filter=False, misplaced=it)) for it in (False, True))
+    right, wrong = (Objective(make_model(), Config(filter=False, control=it)) for it in (None, "misplaced"))
     batch = first_batch(drawings(12), right.model)
     assert wrong(batch).parts["alignment"] > right(batch).parts["alignment"]
+
+
+def test_a_random_old_model_says_other_things(make_model, drawings):
+    right, random = (Objective(make_model(), Config(control=it)) for it in (None, "random"))
+    batch = first_batch(drawings(12), right.model)
+    assert (
+        right(batch).parts["alignment"] < 1e-6 < random(batch).parts["alignment"]
+        or random(batch).parts["kept_image"] == 0
+    )
+    assert not torch.allclose(right.encode(batch).old[0], random.encode(batch).old[0])
 
 
 @pytest.mark.parametrize("settings", [{"alpha": -1.0}, {"scale": 0.0}], ids=str)
@@ -232,5 +242,5 @@ def test_every_arm_of_the_claim_runs(data):
     for arm in one.arms:
         value = arm.run(Trial(0, "test", arm.grid[0], lambda slug: load_method(slug).mini(), train))
         assert 0 <= value <= 1, arm.name
-    assert len(trained) == 5 * 5 + 1
+    assert len(trained) == 7 * 5 + 1
     assert len({(s.epochs, s.data, s.optimizer.lr, s.model) for s in trained}) == 1

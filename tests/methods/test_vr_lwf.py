@@ -170,7 +170,7 @@ def test_the_teacher_stays_what_the_model_was(make_model, drawings):
 
 
 def test_misplaced_teachers_cost_more(make_model, drawings):
-    right, wrong = (Objective(make_model(), Config(count=9, misplaced=it)) for it in (False, True))
+    right, wrong = (Objective(make_model(), Config(count=9, control=it)) for it in (None, "misplaced"))
     batch = first_batch(drawings(8), right.model)
     assert right(batch).parts["distil_text"] < wrong(batch).parts["distil_text"]
 
@@ -198,7 +198,7 @@ def test_the_recipe_has_the_values_of_the_re_implementation():
 
 def test_the_claim_is_well_formed_and_its_control_can_fail():
     found = claim()
-    assert [one.name for one in found] == ["tasks"]
+    assert [one.name for one in found] == ["order_I", "order_II", "looks_I", "looks_II"]
     check(found, "vr_lwf")
     numbers = {"baseline": [0.1, 0.1, 0.1], "method": [0.5, 0.5, 0.5], "control": [0.2, 0.2, 0.2]}
     assert all(one.control.passed(numbers) for one in found)

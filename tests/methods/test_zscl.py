@@ -245,9 +245,47 @@ def test_a_teacher_that_reads_otherwise_is_refused(make_model):
 
 
 def test_misplaced_teachers_cost_more(make_model, shapes):
-    right, wrong = (Objective(make_model(), Config(classes=PROMPTS, misplaced=it)) for it in (False, True))
+    right, wrong = (Objective(make_model(), Config(classes=PROMPTS, control=it)) for it in (None, "misplaced"))
     batch = batches_of(shapes, right.model)[0]
     assert right(batch).parts["distil_text"] < wrong(batch).parts["distil_text"]
+
+
+def test_a_grey_reference_is_one_image_and_a_random_teacher_knows_nothing(make_model, drawings, tmp_path):
+    reference = folder_of_drawings(drawings, tmp_path)
+    model = make_model()
+    right, grey, random = (Objective(model, Config(reference=reference, control=it)) for it in (None, "grey", "random"))
+    assert len(right.reference.teacher) == 7 and len(grey.reference.teacher) == 1
+    assert torch.equal(grey.reference.images, torch.full_like(right.reference.images[:1], 128))
+    assert grey.reference.draw(("a", "b"), 3, 0).tolist() == [0, 0]
+    assert torch.equal(random.reference.images, right.reference.images)
+    assert not torch.allclose(random.reference.teacher, right.reference.teacher) and not torch.allclose(
+        random.texts, right.texts
+    )
+
+
+def test_ewc_switched_off_is_fine_tuning_and_on_it_holds_what_matters(make_model, drawings, tmp_path):
+    reference = folder_of_drawings(drawings, tmp_path)
+    model = make_model()
+    off = Objective(model, Config(reference=reference, **OFF))
+    on = Objective(model, Config(reference=reference, ewc_weight=3.0, **OFF))
+    assert off.start is None and off.importance == [] and on.teacher is None and on.reference is None
+    batch = batches_of(drawings(12), model)[0]
+    assert torch.equal(on(batch).total, off(batch).total) and on(batch).parts["ewc"] == 0
+    assert len(on.importance) == sum(p.requires_grad for p in model.parameters())
+    assert all((each >= 0).all() for each in on.importance)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head = trained.index("image_head.linear.weight")
+    assert on.importance[head].sum() > 0
+    with torch.no_grad():
+        model.image_head.linear.weight.add_(0.1)
+    losses = on(batch)
+    assert losses.parts["ewc"].item() == pytest.approx(0.005 * on.importance[head].sum().item(), rel=1e-4)
+    torch.testing.assert_close(losses.total, off(batch).total + 3.0 * losses.parts["ewc"])
+
+
+def test_ewc_needs_a_reference():
+    with pytest.raises(ConfigError, match=r"there is none. Name one in objective\.reference"):
+        Config(ewc_weight=1.0)
 
 
 def test_at_chance_by_hand(make_model, shapes):
@@ -301,7 +339,10 @@ def test_the_recipe_has_the_values_of_the_paper():
 
 def test_the_claim_is_well_formed_and_its_control_can_fail():
     found = claim()
-    assert [one.name for one in found] == ["order_I", "order_II"]
+    assert [one.name for one in found] == ["order_I", "order_II", "looks_I", "looks_II"]
+    assert all(
+        {"LwF", "L2", "EWC", "WiSE-FT", "jointly", "zero-shot"} < {arm.name for arm in one.arms} for one in found
+    )
     check(found, "zscl")
     numbers = {"baseline": [0.1, 0.1, 0.1], "method": [0.5, 0.5, 0.5], "control": [0.2, 0.2, 0.2]}
     assert all(one.control.passed(numbers) for one in found)

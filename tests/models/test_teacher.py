@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from diptych.models.teacher import Frozen, Teacher
+from diptych.models.teacher import Frozen, Teacher, shuffled
 
 
 def student() -> nn.Sequential:
@@ -67,3 +67,12 @@ def test_a_frozen_copy_stays_what_it_was():
         assert torch.equal(copy.module(x), copy.module(x))
     assert all(torch.equal(value, before[name]) for name, value in copy.state_dict().items())
     assert {name for name in objective.state_dict() if name.startswith("1.")} == {f"1.{name}" for name in before}
+
+
+def test_a_shuffled_copy_has_the_same_numbers_in_other_places():
+    one = student()
+    before = [parameter.clone() for parameter in one.parameters()]
+    other, again = (shuffled(one, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert all(torch.equal(old, now) for old, now in zip(before, one.parameters(), strict=True))
+    assert not torch.equal(other[0].weight, one[0].weight) and torch.equal(other[0].weight, again[0].weight)
+    assert torch.equal(other[0].weight.flatten().sort().values, one[0].weight.flatten().sort().values)

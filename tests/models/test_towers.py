@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from diptych.errors import CheckpointError, ConfigError, TextError
 from diptych.models.foreign import HFTextConfig, HFTextTower, TimmConfig, TimmTower, load_source
 from diptych.models.text import TextConfig, TextTransformer
-from diptych.models.vision import VisionConfig, VisionTransformer, dropping_patches, keep_patches
+from diptych.models.vision import VisionConfig, VisionTransformer, cut_patches, dropping_patches, keep_patches
 
 VISION = VisionConfig(image_size=12, patch_size=4, width=16, depth=2, heads=2, mlp_width=24)
 TEXT = TextConfig(vocabulary=50, length=8, width=16, depth=2, heads=2, mlp_width=24)
@@ -89,6 +89,28 @@ def test_images_of_a_batch_do_not_meet():
     tower, images = image_tower(), pixels(3, 3, 12, 12)
     with torch.no_grad():
         torch.testing.assert_close(tower(images).pooled[1:2], tower(images[1:2]).pooled)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_matrix_product_of_patches_is_the_convolution(bias):
+    torch.manual_seed(0)
+    convolution, images = torch.nn.Conv2d(3, 5, 4, 4, bias=bias).double(), pixels(2, 3, 8, 12).double()
+    images.requires_grad_()
+    product = torch.nn.functional.linear(cut_patches(images, 4), convolution.weight.flatten(1), convolution.bias)
+    expected = convolution(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(product, expected, atol=1e-12, rtol=0)
+    wanted = (images, *convolution.parameters())
+    weights = torch.randn_like(expected)
+    for found, right in zip(
+        torch.autograd.grad(product, wanted, weights), torch.autograd.grad(expected, wanted, weights), strict=True
+    ):
+        torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
+
+
+def test_patches_come_in_the_precision_of_autocast():
+    images = pixels(2, 3, 8, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cut_patches(images, 4), cut_patches(images.bfloat16(), 4))
 
 
 def test_an_image_must_be_a_whole_number_of_patches():
@@ -186,6 +208,17 @@ def test_order_of_words_counts():
     tower, (ids, mask) = text_tower(pool="mean", causal=False), tokens(6)
     with torch.no_grad():
         assert (tower(ids, mask).pooled - tower(ids.flip(1), mask).pooled).abs().max() > 0.1
+
+
+def test_a_context_takes_the_place_of_words():
+    tower, (ids, mask) = text_tower(), tokens(6, 6)
+    with torch.no_grad():
+        plain = tower(ids, mask)
+        same = tower(ids, mask, context=tower.token_embedding(ids[:, 1:4]))
+        swapped = tower(ids, mask, context=tower.token_embedding(ids.flip(0)[:, 1:4]))
+        expected = tower(torch.cat([ids[:, :1], ids.flip(0)[:, 1:4], ids[:, 4:]], 1), mask)
+    torch.testing.assert_close(same.tokens, plain.tokens)
+    torch.testing.assert_close(swapped.tokens, expected.tokens)
 
 
 def test_layers_and_attention_of_texts():
@@ -321,10 +354,27 @@ def test_a_wider_pooled_vector_of_timm_stands_alone():
     assert tower.width == out.pooled.shape[1] == 256 and out.tokens is None and out.grid is None
 
 
-def test_timm_gives_no_single_layers():
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit"])
+def test_layers_of_timm_are_its_levels_of_features(name):
+    torch.manual_seed(0)
+    tower, images = TimmTower(TimmConfig(name)).eval(), pixels(5, 3, 160, 160)
+    with torch.no_grad():
+        plain, found = tower(images), tower(images, layers=(tower.depth - 1, 0))
+        last, first = tower.model.forward_intermediates(images, indices=[0, tower.depth - 1], intermediates_only=True)[
+            ::-1
+        ]
+    torch.testing.assert_close(found.pooled, plain.pooled)
+    torch.testing.assert_close(found.tokens, plain.tokens)
+    assert plain.layers == () and found.layers[0].shape == (5, last.shape[2] * last.shape[3], last.shape[1])
+    torch.testing.assert_close(found.layers[1], first.flatten(2).mT)
+    torch.testing.assert_close(found.layers[0], last.flatten(2).mT)
+
+
+@pytest.mark.parametrize("asked", [{"layers": (5,)}, {"layers": (-1,)}, {"attention": (0,)}], ids=str)
+def test_timm_says_which_layers_it_has(asked):
     tower = TimmTower(TimmConfig("test_resnet"))
-    with pytest.raises(ConfigError, match="VisionConfig"):
-        tower(pixels(1, 3, 160, 160), layers=(0,))
+    with pytest.raises(ConfigError, match=r"test_resnet of timm gives 5 layers, .* no attention maps.*VisionConfig"):
+        tower(pixels(1, 3, 160, 160), **asked)
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite9", "efficientnet-lite0", "efficientnetlite0"])
@@ -367,6 +417,15 @@ def test_a_text_tower_of_transformers_gives_what_transformers_gives(bert):
     torch.testing.assert_close(out.pooled, torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)]))
     torch.testing.assert_close(first.pooled, hidden[:, 0])
     torch.testing.assert_close(out.layers, (expected.hidden_states[2], expected.hidden_states[1]))
+
+
+def test_a_context_takes_the_place_of_words_in_transformers_too(bert):
+    tower, (ids, mask) = hf_tower(bert[1]), tokens(6, 4)
+    with torch.no_grad():
+        context = tower.model.get_input_embeddings()(ids.flip(0)[:, 1:3])
+        found = tower(ids, mask, context=context)
+        expected = tower(torch.cat([ids[:, :1], ids.flip(0)[:, 1:3], ids[:, 3:]], 1), mask)
+    torch.testing.assert_close(found.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize("pool", ["mean", "first"])

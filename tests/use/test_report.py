@@ -12,8 +12,8 @@ ROWS = [
     {"step": 10, "loss": 3.0, "lr": 1e-3, "scale": 14.0, "grad_norm": 2.0, "samples_per_second": 100.0},
     {"step": 10, "evaluation": {"image_to_text/recall@1": 0.1}},
     {"step": 20, "loss": 1.5, "lr": 5e-4, "scale": 15.0, "grad_norm": 1.0, "samples_per_second": 110.0},
-    {"step": 20, "evaluation": {"image_to_text/recall@1": 0.4, "zeroshot/top1": 0.3}},
-    {"step": 30, "evaluation": {"image_to_text/recall@1": 0.5, "zeroshot/top1": 0.6}},
+    {"step": 20, "evaluation": {"image_to_text/recall@1": 0.4, "zeroshot/top1": 0.3, "guard/shapes": 0.8}},
+    {"step": 30, "evaluation": {"image_to_text/recall@1": 0.5, "zeroshot/top1": 0.6, "guard/shapes": 0.7}},
 ]
 
 
@@ -47,15 +47,16 @@ def test_sections_without_content_are_left_out():
 
 
 def test_curves_follow_the_rows():
-    charts = dict(zip(("loss", "held", "lr", "scale", "norm", "speed"), curves(ROWS), strict=True))
+    charts = dict(zip(("loss", "held", "guard", "lr", "scale", "norm", "speed"), curves(ROWS), strict=True))
     assert "loss: 1.5 at step 20" in charts["loss"]
     assert "image_to_text/recall@1: 0.5 at step 30" in charts["held"]
     assert "zeroshot/top1: 0.6 at step 30" in charts["held"]
+    assert "guard/shapes: 0.7 at step 30" in charts["guard"] and "guard/" not in charts["held"]
     assert "learning rate: 0.0005 at step 20" in charts["lr"]
     assert "scale: 15 at step 20" in charts["scale"]
     assert "norm before clipping: 1 at step 20" in charts["norm"]
     assert "samples per second: 110 at step 20" in charts["speed"]
-    assert curves([]) == curves(ROWS[:2]) == [""] * 6
+    assert curves([]) == curves(ROWS[:2]) == [""] * 7
 
 
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -24,7 +24,10 @@ class Trial:
         changes: The point of the arm's grid that is tried.
         mini: Returns the small recipe of a method, by its slug.
         train: Trains from a recipe on samples with this trial's seed, and returns the model with its final weights. A model given third is
-            trained further, in place.
+            trained further, in place. With `shared`, arms of one seed that ask for the same recipe on the very same source object get copies
+            of one model, as claims of what is trained once and used in many ways do.
+        shown: Takes the number of samples that an arm has shown to something it trained by itself, for the record; `train` counts its own.
+        note: Takes name and value of a further number of the trial. It decides nothing, and stands in the result beside the metric.
     """
 
     seed: int
@@ -32,6 +35,8 @@ class Trial:
     changes: Mapping[str, Any]
     mini: Callable[[str], Recipe[Any]]
     train: Callable[..., DualEncoder]
+    shown: Callable[[int], None] = lambda count: None
+    note: Callable[[str, float], None] = lambda name, value: None
 
 
 @dataclass(frozen=True)

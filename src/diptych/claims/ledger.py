@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +98,7 @@ class Result:
         command: That runs it again.
         versions: Of packages.
         hashes: Of code, recipes and data.
+        noted: Further numbers that arms noted: by name, for each arm, one per seed.
     """
 
     slug: str
@@ -118,6 +119,7 @@ class Result:
     command: str
     versions: Mapping[str, str]
     hashes: Hashes
+    noted: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
 
 
 def write_results(results: Sequence[Result], folder: Path) -> Path:

@@ -201,7 +201,18 @@ def _result(
             data={run.key: sorted({data for outcome in run.tested for data in outcome.data}) for run in runs},
             sources=dict(everything[0].sources),
         ),
+        noted=_noted(runs),
     )
+
+
+def _noted(runs: Sequence[ArmRuns]) -> dict[str, dict[str, list[float]]]:
+    """Return the further numbers that every trial of an arm noted."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for name in run.tested[0].noted:
+            if all(name in outcome.noted for outcome in run.tested):
+                found.setdefault(name, {})[run.key] = [outcome.noted[name] for outcome in run.tested]
+    return found
 
 
 def _try_grid(claim: Claim, arm: Arm, seed: int, measure: Measure) -> list[Outcome]:

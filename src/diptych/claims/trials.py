@@ -1,10 +1,11 @@
 """Trials that are run once: each is a line of a log when it is done, and a line that still holds is not run again."""
 
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -43,6 +44,7 @@ class Outcome:
         versions: Of packages.
         recipes: Fingerprints of the recipes that were trained, seeds aside.
         data: Fingerprints of what they were trained on.
+        noted: Further numbers of the trial, by name.
     """
 
     slug: str
@@ -59,6 +61,7 @@ class Outcome:
     versions: Mapping[str, str]
     recipes: tuple[str, ...]
     data: tuple[str, ...]
+    noted: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def question(self) -> tuple[object, ...]:
@@ -79,6 +82,7 @@ class Bench:
         self._modules, self._log, self._versions = modules, log, dict(versions)
         self._code = cache(self._code_of)
         self._source = cache(lambda spec: open_source(spec).fingerprint)
+        self._trained = dict[tuple[str, int, int], tuple[AbstractSource, DualEncoder, int]]()
         rows = read_rows(log)
         if log.exists():  # a line cut short by a kill would spoil the one after it
             with atomic_file(log) as path:
@@ -104,25 +108,34 @@ class Bench:
         """
         # Versions are taken before the work, while the files are most likely still those that were imported.
         code = {claim.slug: self._code(claim.slug)}
-        recipes, data, samples = list[str](), list[str](), 0
+        recipes, data, samples, noted = list[str](), list[str](), 0, dict[str, float]()
 
         def mini(slug: str) -> Recipe[Any]:
             code[slug] = self._code(slug)
             recipe: Recipe[Any] = self._modules(slug).mini()
             return recipe
 
-        def train_one(recipe: Recipe[Any], source: AbstractSource, model: DualEncoder | None = None) -> DualEncoder:
+        def train_one(
+            recipe: Recipe[Any], source: AbstractSource, model: DualEncoder | None = None, *, shared: bool = False
+        ) -> DualEncoder:
             nonlocal samples
             code[recipe.method] = self._code(recipe.method)
-            module = self._modules(recipe.method)
-            trained, shown = train.train_quietly(recipe, source, module, seed=seed, model=model)
+            if shared:
+                trained, shown = self._shared(recipe, source, seed)
+            else:
+                module = self._modules(recipe.method)
+                trained, shown = train.train_quietly(recipe, source, module, seed=seed, model=model)
             recipes.append(fingerprint(replace(recipe, seed=0)))
             data.append(source.fingerprint)
             samples += shown
             return trained
 
+        def shown(count: int) -> None:
+            nonlocal samples
+            samples += count
+
         began = time.perf_counter()
-        value = _measure(arm, Trial(seed, split, changes, mini, train_one))
+        value = _measure(arm, Trial(seed, split, changes, mini, train_one, shown, noted.__setitem__))
         outcome = Outcome(
             claim.slug,
             claim.name,
@@ -138,12 +151,27 @@ class Bench:
             self._versions,
             tuple(recipes),
             tuple(data),
+            noted,
         )
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(outcome)) + "\n")
         self._found[outcome.question] = outcome
         return outcome
+
+    def _shared(self, recipe: Recipe[Any], source: AbstractSource, seed: int) -> tuple[DualEncoder, int]:
+        """Return a copy of what a recipe made of this very source with a seed, and how many samples it was shown; trained when first asked.
+
+        The latest two are kept: arms of one seed follow one another.
+        """
+        asked = (fingerprint(replace(recipe, seed=0)), id(source), seed)  # kept sources keep their ids
+        if asked not in self._trained:
+            module = self._modules(recipe.method)
+            self._trained[asked] = (source, *train.train_quietly(recipe, source, module, seed=seed))
+            while len(self._trained) > 2:
+                del self._trained[next(iter(self._trained))]
+        _, model, shown = self._trained[asked]
+        return copy.deepcopy(model), shown
 
     def _sources(self, claim: Claim) -> dict[str, str]:
         return {spec: self._source(spec) for spec in claim.sources}

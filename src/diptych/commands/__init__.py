@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diptych.commands.benching import bench as bench
+    from diptych.commands.curating import curate as curate
     from diptych.commands.curating import rewrite as rewrite
     from diptych.commands.evaluating import evaluate as evaluate
+    from diptych.commands.inspecting import anomaly as anomaly
+    from diptych.commands.linking import cluster as cluster
+    from diptych.commands.linking import link as link
+    from diptych.commands.probing import probe as probe
     from diptych.commands.reproducing import reproduce as reproduce
     from diptych.commands.training import TrainedRun as TrainedRun
     from diptych.commands.training import demo as demo
@@ -22,8 +27,11 @@ if TYPE_CHECKING:
 
 _HOME = {
     "benching": ("bench",),
-    "curating": ("rewrite",),
+    "curating": ("curate", "rewrite"),
     "evaluating": ("evaluate",),
+    "inspecting": ("anomaly",),
+    "linking": ("cluster", "link"),
+    "probing": ("probe",),
     "reproducing": ("reproduce",),
     "training": ("TrainedRun", "demo", "doctor", "read_recipe", "train"),
     "using": ("convert", "embed", "search"),

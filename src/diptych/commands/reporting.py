@@ -10,6 +10,7 @@ import torch
 
 from diptych.commands.records import versions
 from diptych.data.sources import AbstractSource
+from diptych.evaluation.guard import Curve
 from diptych.evaluation.run import Evaluation
 from diptych.models.dual import DualEncoder
 from diptych.training import distributed
@@ -28,6 +29,7 @@ def report_run(
     model: DualEncoder,
     evaluation: Evaluation,
     findings: Sequence[Finding],
+    curve: Curve | None = None,
 ) -> None:
     """Write the report of a run into its folder; of several processes the first one does.
 
@@ -39,6 +41,7 @@ def report_run(
         model: With its final weights.
         evaluation: On `held`.
         findings: Of the doctor.
+        curve: Of the guard, if there was one.
     """
     if not distributed.is_first():
         return
@@ -80,6 +83,7 @@ def report_run(
             backward,
             facts,
             [*(finding.sentence for finding in findings), *_skipped(steps), *evaluation.notes],
+            curve,
         ),
     )
 

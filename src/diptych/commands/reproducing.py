@@ -8,6 +8,7 @@ from tyro.conf import Positional
 from diptych.claims.ledger import Result, update_readme, write_results
 from diptych.claims.plot import plot_results
 from diptych.claims.reproduce import reproduce_method
+from diptych.claims.verdict import over_seeds
 from diptych.commands.records import versions
 from diptych.commands.terminal import CONSOLE, say
 from diptych.errors import ConfigError, DiptychError, MissingExtraError
@@ -113,6 +114,8 @@ def _print_result(result: Result) -> None:
         seeds = ", ".join(f"{value:.3f}" for value in values)
         shown = f"  {result.samples[key]:,} samples shown" if result.samples[key] else ""
         say(f"  {part:9} {result.names[key]:32} {sum(values) / len(values):.3f}  ({seeds}){shown}")
+        if noted := [f"{name} {over_seeds(arms[key])}" for name, arms in result.noted.items() if key in arms]:
+            say(f"            {', '.join(noted)}")
     direction = "higher" if result.higher_is_better else "lower"
     say(
         f"  method minus baseline, paired over {len(result.seeds)} seeds: {result.difference} {result.metric} ({direction} is better)"

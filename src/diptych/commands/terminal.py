@@ -29,11 +29,16 @@ def chosen(model: str) -> str:
     return start
 
 
+def bars() -> Progress:
+    """Return bars that are shown on a terminal and not in a file."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal, transient=True)
+
+
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
     """Show a bar on a terminal, nothing in a file."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal, transient=True) as bar:
+    with bars() as bar:
         task = bar.add_task(title, total=total or None)
         yield lambda done: bar.advance(task, done)
 

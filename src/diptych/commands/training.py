@@ -12,6 +12,7 @@ import torch
 from tyro.conf import Positional
 
 from diptych.commands.evaluating import print_metrics
+from diptych.commands.guarding import MIX, conclude, guarding, look
 from diptych.commands.records import versions, write_json
 from diptych.commands.reporting import report_run
 from diptych.commands.terminal import CONSOLE, advancing, progress, say
@@ -56,6 +57,7 @@ def train(
     out: Path | None = None,
     evaluate_on: str | None = None,
     columns: Columns = Columns(),
+    guard: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
     check: bool = True,
@@ -69,6 +71,8 @@ def train(
         out: Run directory; `runs/<source>-<method>` when absent.
         evaluate_on: Samples for evaluation; when absent a share of `source` is held out and never trained on.
         columns: What the columns of a table mean, where names and content do not tell.
+        guard: Samples of what a pretrained model knows already, to warn when training makes it forget; `auto` takes emoji where the extra
+            `demo` is installed and drawn shapes otherwise, `none` switches it off. Nothing is ever trained on them.
         resume: Go on from the checkpoint in `out`, with the same batches as if it had never stopped.
         overwrite: Replace a run that is in `out` already.
         check: Run the doctor first.
@@ -81,7 +85,7 @@ def train(
     recipe = recipe or clip.recipe()
     with distributed.processes(choose_device(recipe.device)):
         CONSOLE.quiet = not distributed.is_first()
-        return _train(source, recipe, out, evaluate_on, columns, resume, overwrite, check, offline)
+        return _train(source, recipe, out, evaluate_on, columns, guard, resume, overwrite, check, offline)
 
 
 def _train(
@@ -90,6 +94,7 @@ def _train(
     out: Path | None,
     evaluate_on: str | None,
     columns: Columns,
+    guard: str,
     resume: bool,
     overwrite: bool,
     check: bool,
@@ -125,15 +130,18 @@ def _train(
         _check_data(folder, training)
     else:  # what a run was started with is not replaced before it is known to fit
         _write_record(folder, source, training, held, recipe)
-    torch.manual_seed(recipe.seed + distributed.part()[0])  # processes draw different dropout
-    prepared = time.perf_counter()
-
-    prompts = prompts_of(held.name)
-    with remembered(model, held, gigabytes=recipe.data.cache.limit) as memory:
+    prompts, limit = prompts_of(held.name), recipe.data.cache.limit
+    with (
+        remembered(model, held, gigabytes=limit) as memory,
+        guarding(model, guard, recipe.model.start, (training, held), gigabytes=limit) as guarded,
+    ):
+        torch.manual_seed(recipe.seed + distributed.part()[0])  # processes draw different dropout
+        prepared = time.perf_counter()
 
         def watch(watched: DualEncoder) -> Mapping[str, float]:
             numbers = evaluate_model(watched, held, prompts=prompts, memory=memory).headline()
-            return {name: value.value for name, value in numbers.items() if name.endswith(("@1", "top1"))}
+            found = {name: value.value for name, value in numbers.items() if name.endswith(("@1", "top1"))}
+            return found if guarded is None else found | look(guarded, watched)
 
         fit(objective, loader, recipe, folder, console=CONSOLE, evaluate=watch, resume=resume)
         trained = time.perf_counter()
@@ -142,6 +150,7 @@ def _train(
         evaluation = evaluate_model(
             model, held, prompts=prompts, progress=progress, name=str(folder), seed=recipe.seed, memory=memory
         )
+        curve = None if guarded is None else conclude(guarded, model, held, folder, choose=evaluate_on is None)
     done = time.perf_counter()
     seconds = {
         "data": round(prepared - began, 3),
@@ -151,7 +160,7 @@ def _train(
     }
     evaluation = Evaluation(**{**vars(evaluation), "seconds": seconds})
     write_json(folder / "metrics.json", evaluation.to_json())
-    report_run(folder, recipe, training, held, model, evaluation, findings)
+    report_run(folder, recipe, training, held, model, evaluation, findings, curve)
     print_metrics(evaluation)
     say(f"Model, numbers and report are in {folder}. Look at {folder / 'report.html'}, then try:")
     say(f"  diptych embed {source} --model {folder} --out {folder / 'index'}")
@@ -241,9 +250,9 @@ def _check_data(folder: Path, training: AbstractSource) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what a run leaves in a folder, and the index that it suggests; nothing else that may lie there."""
-    for name in (CHECKPOINT, f"{CHECKPOINT}.old", "index", "tensorboard"):
+    for name in (CHECKPOINT, f"{CHECKPOINT}.old", MIX, "index", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("recipe.json", "run.json", "metrics.json", "metrics.jsonl", "report.html"):
+    for name in ("recipe.json", "run.json", "metrics.json", "metrics.jsonl", "report.html", "guard.json", "guard.png"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ the row's own id and a seed: so shards in any order, and a run after another, ag
 Source: Xu et al. 2024, "Demystifying CLIP Data", section 3 and algorithm 1, and its official code.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -112,11 +112,11 @@ def threshold_for_share(counts: Int64[np.ndarray, " entries"], share: float) -> 
     return max(1, int(ordered[np.abs(ordered.cumsum() / _total(counts) - share).argmin()]))
 
 
-def threshold_for_size(matches: Sequence[Matches], counts: Int64[np.ndarray, " entries"], size: float) -> float:
+def threshold_for_size(matches: Iterable[Matches], counts: Int64[np.ndarray, " entries"], size: float) -> float:
     """Return the threshold that keeps `size` texts in expectation; it need not be whole.
 
     Args:
-        matches: Of all texts, in as many parts as they came in; gone through once for each of some fifty halvings.
+        matches: Of all texts, in as many parts as they came in, such as a list of them; gone through anew, once for each of some fifty halvings.
         counts: N_e over all of them.
         size: Between what threshold 1 keeps and the number of texts that have an entry.
 
@@ -177,14 +177,19 @@ def row_uniforms(
     Raises:
         DataError: If ids are neither, or some are missing.
     """
-    return (_row_hashes(ids, seed, draw) >> np.uint64(11)) * 2.0**-53
+    return (row_hashes(ids, seed, draw) >> np.uint64(11)) * 2.0**-53
 
 
-def _row_hashes(ids: pa.Array | pa.ChunkedArray | np.ndarray, seed: int, draw: int) -> UInt64[np.ndarray, " n"]:
+def row_hashes(ids: pa.Array | pa.ChunkedArray | np.ndarray, seed: int = 0, draw: int = 0) -> UInt64[np.ndarray, " n"]:
+    """Return 64 well mixed bits per row, that depend on nothing but its id, the seed and the number of the draw.
+
+    Raises:
+        DataError: As `row_uniforms`.
+    """
     if isinstance(ids, np.ndarray):
         values = ids.astype(np.uint64)
     elif isinstance(ids, pa.ChunkedArray):
-        parts = [_row_hashes(chunk, seed, draw) for chunk in ids.chunks]
+        parts = [row_hashes(chunk, seed, draw) for chunk in ids.chunks]
         return np.concatenate(parts) if parts else np.empty(0, np.uint64)
     elif ids.null_count:
         raise DataError(f"{ids.null_count:,} rows have no id, so no draw of theirs could be repeated. Give each one.")

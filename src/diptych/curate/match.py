@@ -10,6 +10,7 @@ time, all of them at once, for as long as the hash is that of the beginning of s
 so a hash never decides. This is what an automaton such as Aho-Corasick's finds, in whole-array steps instead of one state after another.
 """
 
+import pickle
 import string
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -373,7 +376,8 @@ def match_batches(
         matcher: Goes to each process once.
         batches: Of tens of thousands of rows, so that sending them costs little.
         column: Holds one text per row.
-        processes: 1 works in this one. More are started anew (`spawn`), so a script needs its `if __name__ == "__main__":`.
+        processes: That match, this one among them: it matches alone until others are there, and then what they have no hand free for. Others
+            are started anew (`spawn`), so a script needs its `if __name__ == "__main__":`.
 
     Raises:
         ColumnError: If there is no such column, or a column `matches` is there already.
@@ -382,19 +386,30 @@ def match_batches(
     if processes == 1:
         yield from (_with_matches(batch, matcher(_text_column(batch, column))) for batch in batches)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _adopt, (matcher,))
+    others = processes - 1
+    folder = TemporaryDirectory()
+    saved = Path(folder.name) / "matcher"
+    saved.write_bytes(pickle.dumps(matcher))  # as an argument, this process would wait until others have read it
+    pool = ProcessPoolExecutor(others, get_context("spawn"), _adopt, (saved,))
     waiting: deque[tuple[pa.RecordBatch, Future[pa.ListArray]]] = deque()
     try:
+        ready = pool.submit(_match_here, pa.array([], pa.string()))
         for batch in batches:
-            own = pa.concat_arrays([_text_column(batch, column)])  # of a slice, pickle would send the whole
-            waiting.append((batch, pool.submit(_match_here, own)))
-            if len(waiting) == 2 * processes:
+            texts = _text_column(batch, column)
+            if ready.done() and sum(not matches.done() for _, matches in waiting) < 2 * others:
+                own = pa.concat_arrays([texts])  # of a slice, pickle would send the whole
+                waiting.append((batch, pool.submit(_match_here, own)))
+            else:
+                waiting.append((batch, Future()))
+                waiting[-1][1].set_result(matcher(texts))
+            while waiting and (len(waiting) == 2 * processes or waiting[0][1].done()):
                 done, matches = waiting.popleft()
                 yield _with_matches(done, matches.result())
         for done, matches in waiting:
             yield _with_matches(done, matches.result())
     finally:
         pool.shutdown(cancel_futures=True)
+        folder.cleanup()
 
 
 def _text_column(batch: pa.RecordBatch, column: str) -> pa.Array:
@@ -413,9 +428,9 @@ def _with_matches(batch: pa.RecordBatch, matches: pa.ListArray) -> pa.RecordBatc
 _adopted: Matcher  # of a worker process
 
 
-def _adopt(matcher: Matcher) -> None:
+def _adopt(saved: Path) -> None:
     global _adopted
-    _adopted = matcher
+    _adopted = pickle.loads(saved.read_bytes())
 
 
 def _match_here(texts: pa.Array) -> pa.ListArray:

@@ -30,7 +30,7 @@ def source_table(source: AbstractSource, folder: Path) -> pa.Table:
     if not isinstance(source, TableSource):
         samples = list(source)
         captions = [[text.text for text in sample.texts if text.role == "caption"] for sample in samples]
-        images = [None if sample.image is None else _encoded(sample.image) for sample in samples]
+        images = [None if sample.image is None else encoded(sample.image) for sample in samples]
         return pa.table(
             {
                 "key": [sample.key for sample in samples],
@@ -87,7 +87,8 @@ def _relative(path: str | None, base: Path, folder: Path) -> str | None:
     return path if path is None or "://" in path else os.path.relpath(base / path, folder)
 
 
-def _encoded(image: Any) -> bytes:
+def encoded(image: Any) -> bytes:
+    """Return an image as the bytes of a file; pixels become PNG."""
     if not isinstance(image, bytes):
         decode(image).save(file := io.BytesIO(), "PNG")
         return file.getvalue()

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diptych.data.features import Cached
 from diptych.data.images import decode
+from diptych.data.order import check_batch, per_group
 from diptych.data.sources import AbstractSource
 from diptych.data.text_changes import TextChange, change_text
 from diptych.data.texts import choose_text
@@ -129,6 +130,7 @@ class LoaderConfig:
         workers: Processes that decode, one thread each; 0 decodes in the training process, None chooses. Changes nothing but speed.
         texts: One entry per text column.
         views: One entry per image view; view 0 is the main one.
+        per_group: Samples of one group that stand together in a batch, for losses that need positives; 1 for a plain shuffle.
         bad_samples: `skip` leaves unreadable samples out of their batch and counts them, `strict` stops.
         decode: `scaled` decodes large JPEG files near the size of the view, where all views are random crops; an approximation. Evaluation
             never does.
@@ -139,6 +141,7 @@ class LoaderConfig:
     workers: int | None = None
     texts: tuple[TextColumn, ...] = (TextColumn(),)
     views: tuple[Augment, ...] = (Augment(),)
+    per_group: int = 1
     bad_samples: Literal["skip", "strict"] = "skip"
     decode: Literal["exact", "scaled"] = "exact"
     cache: CacheConfig = CacheConfig()
@@ -213,7 +216,12 @@ class Loader:
             DataError: If there are fewer samples than parts.
             ConfigError: If batch size or workers are out of range.
         """
+        if config.per_group > 1:
+            check_batch(config.batch_size, config.per_group)
+            source = per_group(source, config.per_group)
         shown = len(source) if source.chances is None else _parts_of_samples(source.chances).sum() >> _BITS
+        if source.order is not None:
+            shown = len(source.order(np.random.default_rng(seed)))
         if shown < part[1]:
             held = f"{shown:,}" if shown else "no"
             raise DataError(
@@ -229,7 +237,7 @@ class Loader:
         self.batch_size = min(config.batch_size, int(shown) // part[1])
         self.batches_per_epoch = int(shown) // (self.batch_size * part[1])
         self.repeat, self._part = repeat, part
-        self._samples, self._chances = len(source), source.chances
+        self._order = source.order or partial(draw_order, len(source), source.chances)
         self.maker = BatchMaker(source, image_policy, tokenizer, config, seed)
 
     def requests(self) -> Iterator[Request]:
@@ -245,7 +253,7 @@ class Loader:
         epoch, cursor = self.position.epoch, self.position.cursor
         (part, parts), size = self._part, self.batch_size
         while True:
-            order = draw_order(self._samples, self._chances, np.random.default_rng([self.seed, epoch]))
+            order = self._order(np.random.default_rng([self.seed, epoch]))
             for batch in range(cursor, self.batches_per_epoch):
                 last = batch + 1 == self.batches_per_epoch
                 after = Position(epoch + 1, 0) if last else Position(epoch, batch + 1)

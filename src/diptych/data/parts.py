@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from diptych.data.sources import AbstractSource, Subset
+from diptych.data.sources import AbstractSource, Joined, Subset
 from diptych.errors import ConfigError, DataError
 from diptych.types import Sample, Text
 
@@ -73,6 +73,25 @@ def by_domain(source: AbstractSource) -> dict[str, Subset]:
         name: Subset(source, [row for row, domain in enumerate(domains) if domain == name], f"{source.name}:{name}")
         for name in names
     }
+
+
+def one_against_others(
+    source: AbstractSource, one: str, others: Sequence[str] = ()
+) -> tuple[AbstractSource, AbstractSource]:
+    """Return the samples of one domain, and those of others; all others when none are named.
+
+    Raises:
+        DataError: If no sample has a domain.
+        ConfigError: If a domain has no samples, or is on both sides, or there is no other.
+    """
+    found = by_domain(source)
+    wanted = tuple(others) or tuple(name for name in found if name != one)
+    if not wanted or one in wanted or {one, *wanted} - set(found):
+        raise ConfigError(
+            f"{one} against {', '.join(wanted) or 'nothing'}: {source.name} has the domains {', '.join(found)}, and one of them is set against "
+            "others."
+        )
+    return found[one], Joined([found[name] for name in wanted])
 
 
 def slices(source: AbstractSource, count: int) -> tuple[Subset, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from diptych.data.columns import Columns as Columns
 from diptych.data.columns import role_of, sniff
@@ -27,6 +27,9 @@ from diptych.data.tar import is_tar, read_tars
 from diptych.errors import DataError, ImageError, nearest, require
 from diptych.types import Sample, Text
 
+Order = Callable[[np.random.Generator], Int64[np.ndarray, " shown"]]
+"""Returns the rows of one epoch in order, always as many."""
+
 
 class AbstractSource(ABC):
     """Samples with random access; the same index always gives the same sample.
@@ -35,11 +38,13 @@ class AbstractSource(ABC):
         name: For logs and reports.
         notes: What was assumed when the source was opened, as plain sentences; shown to the user.
         chances: How likely each sample is to be in an epoch, in [0, 1]; None when all are in every one.
+        order: Which rows an epoch shows and in which order; None shuffles them.
     """
 
     name: str
     notes: tuple[str, ...] = ()
     chances: Float64[np.ndarray, " n"] | None = None
+    order: Order | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -480,19 +485,27 @@ def _load_dataset(name: str, split: str | None) -> Any:
 def _named(name: str, split: str | None, columns: Columns | None) -> AbstractSource:
     """Return a source that has a name instead of a path."""
     from diptych.data.bundles import BUNDLES, bundle
+    from diptych.data.defects import DEFECTS, defects
     from diptych.data.multilingual import bilingual_photos, overhead_photos
     from diptych.data.openmoji import openmoji
+    from diptych.data.planted import planted_defects
     from diptych.data.scenes import scenes
+    from diptych.data.shapes import shapes
 
     if name == "openmoji":
         return openmoji(split or "all")
+    if name == "shapes":
+        return shapes()
     joined = {"bilingual-photos": bilingual_photos, "overhead-photos": overhead_photos}
     if name in joined:
         return joined[name](split)
     if name == "scenes":
         return scenes(split or "train")
+    if name == "planted-defects":
+        return planted_defects(split or "test")
+    if name in DEFECTS and columns in (None, Columns()):
+        return defects(name, split)
     if name in BUNDLES:
         return bundle(name, split, columns=columns)
-    raise DataError(
-        f"There is no file or folder {name!r}, and no data set of that name. {nearest(name, [*BUNDLES, *joined, 'openmoji', 'scenes'])}"
-    )
+    names = (*BUNDLES, *DEFECTS, *joined, "openmoji", "scenes", "shapes", "planted-defects")
+    raise DataError(f"There is no file or folder {name!r}, and no data set of that name. {nearest(name, names)}")

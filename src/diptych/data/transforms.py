@@ -91,6 +91,22 @@ def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size
     return to_tensor(_square(image, policy))
 
 
+def uncut(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 h w"]:
+    """Return an RGB image whose short side is the policy's size, its proportions kept and nothing cut off, for dense uses.
+
+    Raises:
+        ImageError: If that would make more than `MAX_PIXELS` pixels of an extremely long image.
+    """
+    width, height = image.size
+    size = policy.size
+    width, height = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"An image of {image.width} x {image.height} pixels becomes {width} x {height}; at most {MAX_PIXELS:,} are made. Cut the image."
+        )
+    return to_tensor(image.resize((width, height), _RESAMPLING[policy.interpolation]))
+
+
 def _square(image: Image.Image, policy: ImagePolicy) -> Image.Image:
     """Return the square that `preprocess` makes a tensor of."""
     size, resampling = policy.size, _RESAMPLING[policy.interpolation]

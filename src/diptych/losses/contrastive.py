@@ -149,18 +149,18 @@ def sigmoid_loss(
         return -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / len(logits)
 
 
-def info_nce_per_text(
-    image: Float[Tensor, "n d"],
+def info_nce_of_views(
+    images: Sequence[Float[Tensor, "n d"]],
     texts: Sequence[Float[Tensor, "n d"]],
     batch: Batch,
     scale: Float[Tensor, ""] | float,
     *,
     multi_positive: bool,
 ) -> Float[Tensor, ""]:
-    """Return InfoNCE of one view with each text column, averaged over the columns; log n at chance.
+    """Return InfoNCE of each view with each text column, averaged over all of them; log n at chance.
 
     Args:
-        image: Normalised embeddings.
+        images: Normalised embeddings, one tensor per view; at least one.
         texts: Normalised embeddings, one tensor per text column of `batch`, from the first; at least one.
         batch: Says which samples share a group, and which texts of a column are equal.
         scale: 1 / temperature, > 0.
@@ -169,6 +169,7 @@ def info_nce_per_text(
     losses = [
         info_nce(image, text, scale, positives=shared_positives(batch.group, column.key) if multi_positive else None)
         for text, column in zip(texts, batch.texts, strict=False)
+        for image in images
     ]
     return torch.stack(losses).mean()
 

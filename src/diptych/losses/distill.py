@@ -9,6 +9,7 @@ Source: Caron et al. 2021 (DINO), section 3.1 and algorithm 1.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,26 @@ from torch import Tensor
 
 from diptych.errors import ConfigError
 from diptych.losses.full import full
+
+
+@dataclass(frozen=True)
+class AbstractDistillation:
+    """Settings of an objective that keeps what a teacher makes of images and sentences, both ways. Subclasses add their own.
+
+    Attributes:
+        image_weight: Of the distributions over sentences, one per image.
+        text_weight: Of the distributions over images, one per sentence.
+        temperature: T; softens both.
+    """
+
+    image_weight: float = 1.0
+    text_weight: float = 1.0
+    temperature: float = 2.0
+
+    @property
+    def distils(self) -> bool:
+        """Return whether the teacher has a say."""
+        return self.image_weight > 0 or self.text_weight > 0
 
 
 def teacher_distribution(

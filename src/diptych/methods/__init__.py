@@ -80,7 +80,14 @@ METHODS: Mapping[str, Method] = {
         Method(
             "vlm2vec", "objective", "VLM2Vec: a language model as embedder", "Jiang et al., ICLR 2025", "2410.05160"
         ),
-        Method("anovl", "adapter", "AnoVL: zero-shot anomaly localisation", "Deng et al., arXiv 2023", "2308.15939"),
+        Method(
+            "anovl",
+            "adapter",
+            "AnoVL: zero-shot anomaly localisation",
+            "Deng et al., arXiv 2023",
+            "2308.15939",
+            "works",
+        ),
         Method(
             "alip",
             "objective",
@@ -89,9 +96,21 @@ METHODS: Mapping[str, Method] = {
             "2308.08428",
             "works",
         ),
-        Method("ip_clip", "adapter", "IP-CLIP: prompt-based model protection", "Wang et al., CVPR 2025", "2503.02393"),
         Method(
-            "zscl", "objective", "ZSCL: zero-shot continual learning", "Zheng et al., ICCV 2023", "2303.06628", "works"
+            "ip_clip",
+            "adapter",
+            "IP-CLIP: prompt-based model protection",
+            "Wang et al., CVPR 2025",
+            "2503.02393",
+            "works",
+        ),
+        Method(
+            "zscl",
+            "objective",
+            "ZSCL: zero-shot continual learning",
+            "Zheng et al., ICCV 2023",
+            "2303.06628",
+            "reproduced",
         ),
         Method("gama", "attack", "GAMA: multi-object scene attacks", "Aich et al., NeurIPS 2022", "2209.09502"),
         Method(
@@ -108,8 +127,11 @@ METHODS: Mapping[str, Method] = {
             "Brain encoding of vision-language models",
             "Subramaniam et al., ICML 2024",
             "2406.14481",
+            "works",
         ),
-        Method("clippings", "objective", "CLIPPINGS: record linkage", "Arora et al., arXiv 2023", "2304.03464"),
+        Method(
+            "clippings", "objective", "CLIPPINGS: record linkage", "Arora et al., arXiv 2023", "2304.03464", "works"
+        ),
         Method("regionspot", "adapter", "RegionSpot: recognise any region", "Yang et al., NeurIPS 2024", "2311.01373"),
         Method(
             "grounded_semantics", "objective", "Grounded semantics: VG-Bert", "Zhang et al., NeurIPS 2021", "2111.07180"

@@ -30,7 +30,7 @@ from diptych.data.text_changes import TextChange
 from diptych.data.texts import ShuffledTexts, WithTexts
 from diptych.data.tokenizer import TextPolicy
 from diptych.data.transforms import Augment
-from diptych.losses.contrastive import info_nce_per_text
+from diptych.losses.contrastive import info_nce_of_views
 from diptych.models.build import DualConfig
 from diptych.models.dual import DualEncoder
 from diptych.models.vision import VisionConfig
@@ -71,8 +71,8 @@ class Objective(AbstractObjective[PairEmbeddings]):
 
     def loss(self, encoded: PairEmbeddings, batch: Batch) -> Losses:
         """Return the mean loss over text columns; log n at chance."""
-        contrastive = info_nce_per_text(
-            encoded.images[0], encoded.texts, batch, self.model.scale, multi_positive=self.config.multi_positive
+        contrastive = info_nce_of_views(
+            encoded.images, encoded.texts, batch, self.model.scale, multi_positive=self.config.multi_positive
         )
         return Losses(contrastive, {"contrastive": contrastive})
 

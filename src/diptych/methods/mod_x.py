@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diptych.claims.claim import Arm, Claim, Control, Trial
+from diptych.claims.claim import Arm, Claim, Control, Part, Trial
 from diptych.claims.measures import gains_less_than_half, mean_recall
 from diptych.config import override
 from diptych.data.loader import CacheConfig, LoaderConfig
@@ -36,7 +36,7 @@ from diptych.errors import ConfigError
 from diptych.losses.contrastive import info_nce, shared_positives
 from diptych.losses.full import full
 from diptych.models.dual import DualEncoder
-from diptych.models.teacher import Frozen
+from diptych.models.teacher import Frozen, shuffled
 from diptych.models.weights import load
 from diptych.training.optim import OptimizerConfig
 from diptych.training.prepare import hold_out
@@ -55,7 +55,7 @@ class Config:
         scale: Of the cosines in L_cog; 1.
         diagonal: Whether the softmax of a row sees its own pair.
         filter: Keep only rows in which the old model is right.
-        misplaced: Give each row the target of another one. A control, for claims.
+        control: For claims. `misplaced` gives each row the target of another one, `random` takes an old model that knows nothing.
     """
 
     alpha: float = 20.0
@@ -63,7 +63,7 @@ class Config:
     scale: float = 1.0
     diagonal: bool = True
     filter: bool = True
-    misplaced: bool = False
+    control: Literal["misplaced", "random"] | None = None
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.scale <= 0:
@@ -119,7 +119,10 @@ class Objective(AbstractObjective[TwoModels]):
     def __init__(self, model: DualEncoder, config: Config) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.old = Frozen(model) if config.alpha > 0 else None
+        self.old: Frozen[DualEncoder] | None = None
+        if config.alpha > 0:
+            random = config.control == "random"
+            self.old = Frozen(shuffled(model, torch.Generator().manual_seed(0)) if random else model)
 
     def encode(self, batch: Batch) -> TwoModels:
         """Return the embeddings of the main view and the main text by both models."""
@@ -149,7 +152,7 @@ class Objective(AbstractObjective[TwoModels]):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Return the divergence of the rows that are kept, and their share."""
         keep = right_rows(old) if self.config.filter else torch.ones_like(old[0], dtype=torch.bool)
-        target = old.roll(1, 0) if self.config.misplaced else old
+        target = old.roll(1, 0) if self.config.control == "misplaced" else old
         kept = torch.where(keep, divergence(target, new, diagonal=self.config.diagonal), 0.0)
         return kept.sum() if self.config.reduction == "sum" else kept.mean(), keep.float().mean()
 
@@ -182,8 +185,8 @@ def mini() -> Recipe[Config]:
         objective=Config(alpha=93.0),
         model=ModelConfig(start="mini"),
         data=LoaderConfig(batch_size=60, cache=CacheConfig(pixels=True)),
-        optimizer=replace(base.optimizer, lr=5e-4),
-        epochs=8,
+        optimizer=replace(base.optimizer, lr=1e-4),
+        epochs=4,
         evaluate_every=0,
     )
 
@@ -191,20 +194,35 @@ def mini() -> Recipe[Config]:
 def on_photos(
     trial: Trial, recipe: Recipe[Any], objective: Mapping[str, Any], *, count: int = 5, training: bool = True
 ) -> float:
-    """Return R@1 on unseen emoji after the model that was trained on emoji went on with photos, slice by slice."""
+    """Return R@1 on unseen emoji after the model that was trained on emoji went on with photos, slice by slice; on unseen photos it is noted."""
     changed = override(override(recipe, {"objective": objective}), trial.changes)
-    changed = replace(changed, model=mini().model, data=mini().data, epochs=mini().epochs)
-    validation, test = hold_out(open_source("openmoji:test"), 0.5, seed=0)
+    changed = replace(changed, model=mini().model, data=mini().data, optimizer=mini().optimizer, epochs=mini().epochs)
     model = load("mini", offline=True)
     for part in slices(open_source("flickr8k-1k:train"), count) if training else ():
         trial.train(changed, part, model)
-    return mean_recall(model, test if trial.split == "test" else validation)
+    emoji, photos = (
+        mean_recall(model, halves[trial.split == "test"])
+        for halves in (hold_out(open_source(name), 0.5, seed=0) for name in ("openmoji:test", "flickr8k-1k:dev"))
+    )
+    trial.note("R@1 of photos", photos)
+    return emoji
 
 
 def claim() -> tuple[Claim, ...]:
-    """Return the claim that retrieval on the old domain survives a stream of pairs from a new one."""
-    rates = ({"optimizer": {"lr": 2e-4}}, {"optimizer": {"lr": 5e-4}})
-    l2 = {"image_weight": 0.0, "text_weight": 0.0, "l2_weight": 1.0}
+    """Return the claim that retrieval on the old domain survives a stream of pairs from a new one.
+
+    All arms have one learning rate. Chosen by what is left of the old domain, it would be the one that learns least; at the 5e-4 of the released
+    script, 1 of 100 emoji is still found after plain training (validation split), and there is nothing to compare.
+    """
+    off = {"image_weight": 0.0, "text_weight": 0.0, "l2_weight": 0.0}
+    photos = {"reference": "imagenet-1k-samples", "reference_count": 300}
+
+    def arm(name: str, part: Part, objective: Mapping[str, Any], **settings: Any) -> Arm:
+        return Arm(name, part, lambda trial: on_photos(trial, mini(), objective, **settings))
+
+    def of_zscl(name: str, objective: Mapping[str, Any]) -> Arm:
+        return Arm(name, "further", lambda trial: on_photos(trial, trial.mini("zscl"), {**off, **objective}))
+
     return (
         Claim(
             "mod_x",
@@ -213,20 +231,17 @@ def claim() -> tuple[Claim, ...]:
             "The small model of 3,400 emoji goes on with 600 photos in five slices, all weights trained; tested on emoji it has never seen.",
             "R@1 on the old domain, mean of both directions",
             (
-                Arm("plain", "baseline", lambda trial: on_photos(trial, mini(), {"alpha": 0.0}), rates),
-                Arm("Mod-X", "method", lambda trial: on_photos(trial, mini(), {}), rates),
-                Arm(
-                    "rows of other images",
-                    "control",
-                    lambda trial: on_photos(trial, mini(), {"misplaced": True}),
-                    rates,
-                ),
-                Arm("L2", "further", lambda trial: on_photos(trial, trial.mini("zscl"), l2), rates),
-                Arm("no filter", "further", lambda trial: on_photos(trial, mini(), {"filter": False}), rates),
-                Arm("one slice", "further", lambda trial: on_photos(trial, mini(), {"alpha": 0.0}, count=1), rates),
-                Arm("no photos", "further", lambda trial: on_photos(trial, mini(), {}, training=False), rates),
+                arm("plain", "baseline", {"alpha": 0.0}),
+                arm("Mod-X", "method", {}),
+                arm("rows of other images", "control", {"control": "misplaced"}),
+                arm("random old model", "further", {"control": "random"}),
+                arm("no filter", "further", {"filter": False}),
+                of_zscl("L2", {"l2_weight": 1.0}),
+                of_zscl("EWC", {**photos, "ewc_weight": 1000.0}),
+                arm("one slice", "further", {"alpha": 0.0}, count=1),
+                arm("no photos", "further", {}, training=False),
             ),
             Control("Rows of other images leave less than half of the gain.", gains_less_than_half),
-            sources=("flickr8k-1k:train", "openmoji:test"),
+            sources=("flickr8k-1k:train", "flickr8k-1k:dev", "openmoji:test", "imagenet-1k-samples"),
         ),
     )

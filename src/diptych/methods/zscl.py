@@ -18,29 +18,41 @@ brings one reference image, drawn by the sample's key and the number of the step
 ones; there they come shuffled from a second loader. The mean of the weights has its first snapshot after step I, there after the first.
 
 The baselines are settings: all weights 0 is sequential fine-tuning; no reference and the model before the task as teacher is LwF (Li and Hoiem
-2016) with the prompts of the task's classes as its outputs; `l2_weight` alone is weight consolidation.
+2016) with the prompts of the task's classes as its outputs; `l2_weight` alone is weight consolidation; `ewc_weight` alone is EWC (Kirkpatrick et
+al. 2017), the old task being what the model as it starts makes of the reference. It has the data of earlier tasks there, if those are named.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from diptych.claims.claim import Arm, Claim, Control, Trial
+from diptych.claims.claim import Arm, Claim, Control, Part, Trial
 from diptych.claims.measures import gains_less_than_half
-from diptych.claims.task_stream import ORDERS, REFERENCE, SOURCES, START, Training, run_tasks
+from diptych.claims.task_stream import (
+    ORDERS,
+    RATES,
+    REFERENCE,
+    SOURCES,
+    START,
+    Training,
+    from_start,
+    run_tasks,
+)
 from diptych.config import override
 from diptych.data.loader import LoaderConfig
 from diptych.data.tokenizer import hash_strings
 from diptych.errors import ConfigError
-from diptych.losses.distill import check_settings, soft_cross_entropy
+from diptych.losses.consolidation import diagonal_fisher, weighted_distance
+from diptych.losses.distill import AbstractDistillation, check_settings, soft_cross_entropy
 from diptych.models.dual import DualEncoder, Images
 from diptych.models.modes import is_frozen
 from diptych.models.reference import (
+    AT_ONCE,
     image_embeddings,
     reference_pixels,
     reference_texts,
@@ -48,16 +60,19 @@ from diptych.models.reference import (
     tower_outputs,
 )
 from diptych.models.supervision import Supervision
-from diptych.models.teacher import Frozen
+from diptych.models.teacher import Frozen, shuffled
 from diptych.models.weights import load
 from diptych.training.optim import OptimizerConfig
 from diptych.training.recipe import ModelConfig, Recipe
 from diptych.types import Batch, Losses, PairEmbeddings, map_tensors
 from diptych.verbs import AbstractObjective
 
+SENTENCES = 256
+"""At most so many of the sentences take part where EWC asks what depends on which weight."""
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(AbstractDistillation):
     """Settings of the objective; the defaults are those of MTIL.
 
     Attributes:
@@ -74,8 +89,10 @@ class Config:
         text_weight: w_t; 1, and 5 in class-incremental learning.
         temperature: T; 2.
         l2_weight: w_2; 1. The sum runs over all trained parameters.
+        ewc_weight: Of EWC's penalty, a baseline; 0. It needs a reference with sentences.
         seed: Of the drawing of reference images.
-        misplaced: Give each image what the teacher says of another one. A control, for claims.
+        control: For claims. `misplaced` gives each image what the teacher says of another one, `grey` makes all reference images one grey
+            image, `random` takes a teacher that knows nothing.
     """
 
     classes: tuple[str, ...] = ()
@@ -84,21 +101,18 @@ class Config:
     reference: str | None = None
     reference_texts: str | None = None
     reference_count: int | None = None
-    image_weight: float = 1.0
-    text_weight: float = 1.0
-    temperature: float = 2.0
     l2_weight: float = 1.0
+    ewc_weight: float = 0.0
     seed: int = 0
-    misplaced: bool = False
+    control: Literal["misplaced", "grey", "random"] | None = None
 
     def __post_init__(self) -> None:
-        weights = (self.image_weight, self.text_weight, self.l2_weight)
+        weights = (self.image_weight, self.text_weight, self.l2_weight, self.ewc_weight)
         check_settings(weights, self.temperature, self.label_smoothing)
-
-    @property
-    def distils(self) -> bool:
-        """Return whether a teacher has a say."""
-        return self.image_weight > 0 or self.text_weight > 0
+        if self.ewc_weight > 0 and self.reference is None:
+            raise ConfigError(
+                "EWC asks which weights the answers about a reference depend on, and there is none. Name one in objective.reference."
+            )
 
 
 @dataclass(frozen=True)
@@ -138,9 +152,14 @@ def squared_distance(module: nn.Module, start: nn.Module) -> Float[Tensor, ""]:
 
     Source: section 3.3; a plain sum, as in the official code.
     """
-    pairs = zip(module.parameters(), start.parameters(), strict=True)
-    distances = [(own - before).square().sum() for own, before in pairs if own.requires_grad]
+    distances = [(own - before).square().sum() for own, before in zip(*trained_weights(module, start), strict=True)]
     return torch.stack(distances).sum()
+
+
+def trained_weights(module: nn.Module, start: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters that are trained, and the same of the start."""
+    pairs = [pair for pair in zip(module.parameters(), start.parameters(), strict=True) if pair[0].requires_grad]
+    return [own for own, _ in pairs], [before for _, before in pairs]
 
 
 class Objective(AbstractObjective[DistilledEmbeddings]):
@@ -148,6 +167,7 @@ class Objective(AbstractObjective[DistilledEmbeddings]):
 
     Attributes:
         start: The model as it was when training started, where that is asked for.
+        importance: What depends on each trained weight, for EWC; empty otherwise.
         teacher: The teacher, where the task's own images are distilled.
         texts: Embeddings by the teacher of the sentences, None for those of each batch.
         step: Number of the last optimiser step.
@@ -160,13 +180,16 @@ class Objective(AbstractObjective[DistilledEmbeddings]):
         self.model, self.config = model, config
         model.log_scale.requires_grad_(False)
         self.supervision = Supervision(model, config.classes, label_smoothing=config.label_smoothing)
-        self.start = Frozen(model) if config.l2_weight > 0 else None
+        self.start = Frozen(model) if config.l2_weight > 0 or config.ewc_weight > 0 else None
+        self.importance = importance_of(model, config) if config.ewc_weight > 0 else []
         self.teacher: Frozen[DualEncoder] | None = None
         self.reference: Reference | None = None
         self.register_buffer("step", torch.tensor(0))
         self.texts: Tensor | None = None
         if config.distils:
             teacher = teacher_of(model, config.teacher)
+            if config.control == "random":
+                teacher = shuffled(teacher, torch.Generator().manual_seed(config.seed))
             self.texts = read_sentences(teacher, config)
             if config.reference is None:
                 self.teacher = Frozen(teacher)
@@ -199,14 +222,18 @@ class Objective(AbstractObjective[DistilledEmbeddings]):
         parts = {"task": total}
         if encoded.teacher:
             texts = self.texts if self.texts is not None else encoded.teacher_texts[0]
-            taught = encoded.teacher[0].roll(1, 0) if config.misplaced else encoded.teacher[0]
+            taught = encoded.teacher[0].roll(1, 0) if config.control == "misplaced" else encoded.teacher[0]
             student, teacher = (self.model.scale * images @ texts.T for images in (encoded.student[0], taught))
             parts["distil_image"] = soft_cross_entropy(student, teacher, config.temperature)
             parts["distil_text"] = soft_cross_entropy(student.T, teacher.T, config.temperature)
             total = total + config.image_weight * parts["distil_image"] + config.text_weight * parts["distil_text"]
-        if self.start is not None:
+        if self.start is not None and config.l2_weight > 0:
             parts["l2"] = squared_distance(self.model, self.start.module)
             total = total + config.l2_weight * parts["l2"]
+        if self.start is not None and config.ewc_weight > 0:
+            weights, anchors = trained_weights(self.model, self.start.module)
+            parts["ewc"] = weighted_distance(weights, anchors, self.importance)
+            total = total + config.ewc_weight * parts["ewc"]
         return Losses(total, parts)
 
     def after_step(self, step: int) -> None:
@@ -235,12 +262,44 @@ def read_reference(model: DualEncoder, teacher: DualEncoder, config: Config) -> 
     """Return the reference images as the model takes them, and what the teacher makes of them."""
     assert config.reference is not None
     pixels = reference_pixels(config.reference, model.image_policy, count=config.reference_count, seed=config.seed)
+    if config.control == "grey":
+        pixels = torch.full_like(pixels[:1], 128)
     images = tower_outputs(model, pixels) if is_frozen(model.vision) else pixels.to(model.device)
     return Reference(images, image_embeddings(teacher, pixels))
 
 
+def importance_of(model: DualEncoder, config: Config) -> list[Tensor]:
+    """Return how much the answers of the model about the reference, images over sentences, depend on each trained weight."""
+    assert config.reference is not None
+    pixels = reference_pixels(config.reference, model.image_policy, count=config.reference_count, seed=config.seed)
+    images = tower_outputs(model, pixels) if is_frozen(model.vision) else pixels.to(model.device)
+    sentences = sentences_of(config)
+    tokens = map_tensors(
+        lambda tensor: tensor.to(model.device), model.tokenizer(sentences[:: -(-len(sentences) // SENTENCES)])
+    )
+    if is_frozen(model.text):
+        with torch.no_grad():
+            tokens = replace(tokens, output=model.text_output(tokens))
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+
+    def answers(at: int) -> Tensor:
+        part = map_tensors(lambda tensor: tensor[at : at + AT_ONCE], images)
+        return model.scale * model.encode_image(part) @ model.encode_text(tokens).T
+
+    starts = range(0, len(pixels), AT_ONCE)
+    found = [diagonal_fisher(partial(answers, at), weights, generator) for at in starts]
+    return [torch.stack(each).sum(0) / len(pixels) for each in zip(*found, strict=True)]
+
+
 def read_sentences(teacher: DualEncoder, config: Config) -> Float[Tensor, "m d"] | None:
-    """Return the teacher's embeddings of the sentences that images are compared with; None for the texts of each batch.
+    """Return the teacher's embeddings of the sentences that images are compared with; None for the texts of each batch."""
+    sentences = sentences_of(config)
+    return text_embeddings(teacher, sentences) if sentences else None
+
+
+def sentences_of(config: Config) -> tuple[str, ...]:
+    """Return the sentences that images are compared with; none for the texts of each batch.
 
     Raises:
         ConfigError: If a reference has no texts and none are named.
@@ -251,7 +310,7 @@ def read_sentences(teacher: DualEncoder, config: Config) -> Float[Tensor, "m d"]
         raise ConfigError(
             f"The reference {source!r} has no texts. Name a source that has some in objective.reference_texts."
         )
-    return text_embeddings(teacher, sentences) if sentences else None
+    return sentences
 
 
 def recipe() -> Recipe[Config]:
@@ -286,12 +345,16 @@ def mini() -> Recipe[Config]:
 OFF = {"image_weight": 0.0, "text_weight": 0.0, "l2_weight": 0.0}
 """Sequential fine-tuning."""
 
+L2_WEIGHTS = {START: 1.0, "mini": 1.0}
+EWC_WEIGHT = 1000.0
+
 LWF = {"l2_weight": 0.0}
 """The model before the task says what it makes of the task's images, over the task's prompts."""
 
 
 def on_tasks(
     trial: Trial,
+    start: str,
     order: str,
     objective: Mapping[str, Any],
     *,
@@ -301,48 +364,65 @@ def on_tasks(
 ) -> float:
     """Return the mean accuracy over all stages and tasks of the small benchmark."""
     changes = {"objective": objective, "optimizer": {"mean_every": mean_every}}
-    recipe = override(override(mini(), changes), trial.changes)
+    recipe = override(override(from_start(mini(), start), changes), trial.changes)
     return run_tasks(trial, order, recipe, training=training, keep=keep).summary["average"]
 
 
 def claim() -> tuple[Claim, ...]:
-    """Return the paper's table in miniature: six data sets in two orders, with the baselines of the paper."""
-    whole = {"teacher": START, "reference": REFERENCE, "reference_count": 300}
-    rates = ({"optimizer": {"lr": 3e-4}}, {"optimizer": {"lr": 1e-3}})
-
-    def arms(order: str) -> tuple[Arm, ...]:
-        run = partial(on_tasks, order=order)
-        return (
-            Arm("fine-tuning", "baseline", lambda trial: run(trial, objective=OFF), rates),
-            Arm("ZSCL", "method", lambda trial: run(trial, objective=whole, mean_every=5), rates),
-            Arm(
-                "teacher of other images",
-                "control",
-                lambda trial: run(trial, objective={**whole, "misplaced": True}, mean_every=5),
-                rates,
-            ),
-            Arm("LwF", "further", lambda trial: run(trial, objective=LWF), rates),
-            Arm("L2", "further", lambda trial: run(trial, objective={**OFF, "l2_weight": 1.0}), rates),
-            Arm("WiSE-FT", "further", lambda trial: run(trial, objective=OFF, keep=0.5), rates),
-            Arm("jointly", "further", lambda trial: run(trial, objective=OFF, training="jointly"), rates),
-            Arm("zero-shot", "further", lambda trial: run(trial, objective=OFF, training="none"), rates),
-        )
-
+    """Return the paper's table in miniature: six data sets in two orders, from two models, with the baselines of the paper."""
+    gain = "A teacher that speaks of other images leaves less than half of the gain."
     paper = {
         "I": "Average over stages and tasks 75.4 against 55.9 % for fine-tuning (MTIL, order I, ViT-B/16); transfer 68.1 against 44.6 %.",
         "II": "Average over stages and tasks 74.5 against 56.2 % for fine-tuning (MTIL, order II, ViT-B/16); transfer 64.2 against 46.6 %.",
     }
+    heads = (
+        "Six image sets in turn (20 images a class), heads of lite0-minilm on frozen towers, 300 ImageNet photos as reference; zero-shot "
+        "accuracy on every set after every stage."
+    )
+    looks = (
+        "Six new looks of emoji in turn (100 emoji each), all weights of the small model of emoji, the same reference; retrieval of unseen emoji "
+        "in every look after every stage."
+    )
     return tuple(
         Claim(
             "zscl",
-            f"order_{order}",
+            f"{name}_{order}",
             paper[order],
-            "Six image sets in turn (20 images a class), heads of lite0-minilm on frozen towers, 300 ImageNet photos as reference; "
-            "zero-shot accuracy on every set after every stage.",
-            "accuracy, mean over stages and tasks",
-            arms(order),
-            Control("A teacher that speaks of other images leaves less than half of the gain.", gains_less_than_half),
+            setting,
+            metric,
+            _arms(start, order),
+            Control(gain, gains_less_than_half),
             sources=SOURCES,
         )
+        for start, name, setting, metric in (
+            (START, "order", heads, "accuracy, mean over stages and tasks"),
+            ("mini", "looks", looks, "R@1, mean over stages and looks"),
+        )
         for order in ORDERS
+    )
+
+
+def _arms(start: str, order: str) -> tuple[Arm, ...]:
+    """Return fine-tuning, ZSCL, its controls, and the other baselines."""
+    reference = {"reference": REFERENCE, "reference_count": 300}
+    whole = {"teacher": start, **reference, "l2_weight": L2_WEIGHTS[start]}
+
+    def arm(name: str, part: Part, objective: Mapping[str, Any], **settings: Any) -> Arm:
+        return Arm(name, part, lambda trial: on_tasks(trial, start, order, objective, **settings), RATES[start])
+
+    extra = (
+        arm("grey reference", "further", {**whole, "control": "grey"}, mean_every=5),
+        arm("random teacher", "further", {**whole, "control": "random"}, mean_every=5),
+    )
+    return (
+        arm("fine-tuning", "baseline", OFF),
+        arm("ZSCL", "method", whole, mean_every=5),
+        arm("teacher of other images", "control", {**whole, "control": "misplaced"}, mean_every=5),
+        *(extra if order == "I" else ()),
+        arm("LwF", "further", LWF),
+        arm("L2", "further", {**OFF, "l2_weight": L2_WEIGHTS[start]}),
+        arm("EWC", "further", {**OFF, **reference, "ewc_weight": EWC_WEIGHT}),
+        arm("WiSE-FT", "further", OFF, keep=0.5),
+        arm("jointly", "further", OFF, training="jointly"),
+        arm("zero-shot", "further", OFF, training="none"),
     )

@@ -101,7 +101,7 @@ def embed_images(
     Raises:
         ImageError: If an image is missing or cannot be decoded; names the sample.
     """
-    return _embed_pixels(model, (evaluation_view(model, sample) for sample in samples), batch_size, advance, precision)
+    return embed_pixels(model, (evaluation_view(model, sample) for sample in samples), batch_size, advance, precision)
 
 
 def embed_texts(
@@ -253,9 +253,14 @@ def _batches(
     yield Shown(tuple(rows), tuple(samples), tuple(skipped)), rest
 
 
-def _embed_pixels(
-    model: DualEncoder, pixels: Iterable[Tensor], batch_size: int, advance: Advance | None, precision: Precision
+def embed_pixels(
+    model: DualEncoder,
+    pixels: Iterable[Tensor],
+    batch_size: int = 64,
+    advance: Advance | None = None,
+    precision: Precision = "fp32",
 ) -> Float[Tensor, "n d"]:
+    """Return `embed_images` of what `preprocess` made of images; [0, 0] without any."""
     pixels, parts = iter(pixels), []
     with looking(model, precision):
         while batch := list(islice(pixels, batch_size)):

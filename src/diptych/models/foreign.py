@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diptych.data.tokenizer import TextPolicy, Tokenizer
 from diptych.errors import CheckpointError, ConfigError, require
 from diptych.models.precision import is_convolutional
-from diptych.models.text import AbstractTextTower
+from diptych.models.text import AbstractTextTower, with_context
 from diptych.models.vision import AbstractVisionTower
 from diptych.types import TowerOutput
 
@@ -57,30 +57,44 @@ class TimmTower(AbstractVisionTower):
         model: Any = timm.create_model(config.name, pretrained=False, num_classes=0)
         self.model = model
         self.width = int(model.head_hidden_size)
+        self.depth = len(model.feature_info) if hasattr(model, "forward_intermediates") else 0
         self.convolutional = is_convolutional(model)
 
     def forward(
         self, pixels: Float[Tensor, "b 3 h w"], *, layers: Sequence[int] = (), attention: Sequence[int] = ()
     ) -> TowerOutput:
-        """Return pooled vector and patches.
+        """Return pooled vector and patches; layers are timm's levels of features, patches only.
 
         Raises:
-            ConfigError: If layers or attention are asked for, which timm models do not share a way to give.
+            ConfigError: If attention is asked for, which timm models do not share a way to give, or a layer that is not there.
         """
-        if layers or attention:
-            raise ConfigError("timm towers give no single layers or attention maps; use our VisionConfig for those.")
+        if attention or not all(0 <= layer < self.depth for layer in layers):
+            raise ConfigError(
+                f"{self.config.name} of timm gives {self.depth} layers, counted from 0, and no attention maps; asked for were "
+                f"{tuple(layers)} and {tuple(attention)}. Our VisionConfig gives both."
+            )
         model: Any = self.model
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features: Any = torch.cat([model.forward_features(part) for part in self._parts(pixels)])
+        features, kept = self._look(pixels.contiguous(memory_format=torch.channels_last), layers)
         pooled = model.forward_head(features, pre_logits=True)
         if model.num_features != self.width:
-            return TowerOutput(pooled)
+            return TowerOutput(pooled, layers=kept)
         if getattr(model, "output_fmt", "NCHW") == "NHWC":
             features = features.permute(0, 3, 1, 2)
         if features.ndim == 4:  # b c h w
-            return TowerOutput(pooled, features.flatten(2).transpose(1, 2), grid=tuple(features.shape[2:]))
+            grid = tuple(features.shape[2:])
+            return TowerOutput(pooled, features.flatten(2).transpose(1, 2), grid=grid, layers=kept)
         patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
-        return TowerOutput(pooled, patches, grid=tuple(model.patch_embed.grid_size))
+        return TowerOutput(pooled, patches, grid=tuple(model.patch_embed.grid_size), layers=kept)
+
+    def _look(self, pixels: Tensor, layers: Sequence[int]) -> tuple[Any, tuple[Tensor, ...]]:
+        """Return timm's last features, and those of the layers asked for with their places in a row."""
+        model: Any = self.model
+        if not layers:
+            return torch.cat([model.forward_features(part) for part in self._parts(pixels)]), ()
+        order = sorted(set(layers))
+        seen = [model.forward_intermediates(part, indices=order) for part in self._parts(pixels)]
+        levels = [torch.cat(maps).flatten(2).mT for maps in zip(*(found for _, found in seen), strict=True)]
+        return torch.cat([last for last, _ in seen]), tuple(levels[order.index(layer)] for layer in layers)
 
     def _parts(self, pixels: Float[Tensor, "b 3 h w"]) -> Sequence[Tensor]:
         """Return the images in parts whose activations stay in the caches of a CPU, where no image sees another one."""
@@ -137,14 +151,15 @@ class HFTextTower(AbstractTextTower):
         *,
         layers: Sequence[int] = (),
         attention: Sequence[int] = (),
+        context: Float[Tensor, "b c w"] | None = None,
     ) -> TowerOutput:
-        """Return pooled vector and tokens.
+        """Return pooled vector and tokens; see `AbstractTextTower`.
 
         Raises:
             ConfigError: If attention is asked for while transformers uses a kernel that gives none.
         """
         output = self.model(
-            input_ids=ids,
+            **self._inputs(ids, context),
             attention_mask=mask.long(),
             output_hidden_states=bool(layers),
             output_attentions=bool(attention),
@@ -163,6 +178,11 @@ class HFTextTower(AbstractTextTower):
             layers=tuple(output.hidden_states[i + 1] for i in layers),  # hidden_states[0] is the embedding
             attention=tuple(output.attentions[i] for i in attention),
         )
+
+    def _inputs(self, ids: Tensor, context: Tensor | None) -> dict[str, Tensor]:
+        if context is None:
+            return {"input_ids": ids}
+        return {"inputs_embeds": with_context(self.model.get_input_embeddings()(ids), context)}
 
     @property
     def by_row(self) -> bool:

@@ -41,6 +41,21 @@ class Teacher(nn.Module, Generic[M]):
                 kept.copy_(now)
 
 
+@torch.no_grad()
+def shuffled(module: M, generator: torch.Generator) -> M:
+    """Return a copy that knows nothing: the numbers of each parameter in random order, so that its size stays. For controls.
+
+    Args:
+        module: Of any architecture.
+        generator: On the CPU.
+    """
+    copied = copy.deepcopy(module)
+    for parameter in copied.parameters():
+        order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return copied
+
+
 class Frozen(nn.Module, Generic[M]):
     """Another module as it was when the copy was made, in eval mode always; what a model knew before it learns something new.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from diptych.errors import TextError
@@ -31,8 +31,12 @@ class AbstractTextTower(nn.Module, ABC):
         *,
         layers: Sequence[int] = (),
         attention: Sequence[int] = (),
+        context: Float[Tensor, "b c w"] | None = None,
     ) -> TowerOutput:
-        """Return pooled vector and tokens, and the residual stream or attention of the layers asked for (0 is the first block)."""
+        """Return pooled vector and tokens, and the residual stream or attention of the layers asked for (0 is the first block).
+
+        `context` stands in for the embeddings of ids 1 to c, before positions are added: a learnt prompt behind the first token.
+        """
 
     @property
     @abstractmethod
@@ -98,6 +102,7 @@ class TextTransformer(AbstractTextTower):
         *,
         layers: Sequence[int] = (),
         attention: Sequence[int] = (),
+        context: Float[Tensor, "b c w"] | None = None,
     ) -> TowerOutput:
         """Return pooled vector and tokens; see `AbstractTextTower`.
 
@@ -109,7 +114,7 @@ class TextTransformer(AbstractTextTower):
             raise TextError(
                 f"The text tower takes at most {self.config.length} tokens, these texts have {length}. Use the model's own tokenizer."
             )
-        stream = self.token_embedding(ids) + self.position[:length]
+        stream = with_context(self.token_embedding(ids), context) + self.position[:length]
         stream, kept, maps = self.transformer(stream, self._visible(mask), layers=layers, attention=attention)
         stream = self.norm_after(stream)
         return TowerOutput(self._pool(stream, mask), stream, mask=mask, layers=kept, attention=maps)
@@ -136,3 +141,10 @@ class TextTransformer(AbstractTextTower):
             positions = torch.arange(mask.shape[1], device=mask.device)
             return stream[torch.arange(len(stream), device=mask.device), (mask * positions).argmax(1)]
         return stream[:, 0 if self.config.pool == "first" else -1]
+
+
+def with_context(tokens: Float[Tensor, "b t w"], context: Float[Tensor, "b c w"] | None) -> Float[Tensor, "b t w"]:
+    """Return embeddings of tokens with those behind the first one replaced; as they are without a context."""
+    if context is None:
+        return tokens
+    return torch.cat([tokens[:, :1], context.to(tokens.dtype), tokens[:, 1 + context.shape[1] :]], 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,6 +26,15 @@ def make_activation(name: Activation) -> nn.Module:
     return {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU()}[name]
 
 
+@dataclass(frozen=True)
+class HeadVectors:
+    """Queries, keys and values, cut into heads."""
+
+    query: Float[Tensor, "b heads q c"]
+    key: Float[Tensor, "b heads s c"]
+    value: Float[Tensor, "b heads s c"]
+
+
 class Attention(nn.Module):
     """Multi-head attention through `scaled_dot_product_attention`."""
 
@@ -41,8 +51,18 @@ class Attention(nn.Module):
         self, query: Float[Tensor, "b q w"], context: Float[Tensor, "b s w"], mask: Bool[Tensor, "..."] | None = None
     ) -> Float[Tensor, "b q w"]:
         """Return attended values; `mask` is True where looking is allowed."""
-        q, k, v = self.split(self.query(query)), self.split(self.key(context)), self.split(self.value(context))
-        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        heads = self.project(query, context)
+        return self.join(attend(heads.query, heads.key, heads.value, mask))
+
+    def project(self, query: Float[Tensor, "b q w"], context: Float[Tensor, "b s w"]) -> HeadVectors:
+        """Return what is attended with, to and for."""
+        return HeadVectors(
+            self.split(self.query(query)), self.split(self.key(context)), self.split(self.value(context))
+        )
+
+    def join(self, x: Float[Tensor, "b heads q c"]) -> Float[Tensor, "b q w"]:
+        """Return what heads write into the stream."""
+        return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def probabilities(
         self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "..."] | None = None

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,9 +21,11 @@ class AbstractVisionTower(nn.Module, ABC):
 
     Attributes:
         width: Size of the pooled vector and of the patches.
+        depth: How many layers can be asked for; 0 for none.
     """
 
     width: int
+    depth: int
 
     @abstractmethod
     def forward(
@@ -79,7 +81,7 @@ class VisionTransformer(AbstractVisionTower):
         if config.image_size % config.patch_size:
             raise ConfigError(f"image_size {config.image_size} must be a multiple of patch_size {config.patch_size}.")
         self.config = config
-        self.width = config.width
+        self.width, self.depth = config.width, config.depth
         self.side = config.image_size // config.patch_size
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
         has_class = config.pool == "class"
@@ -112,17 +114,20 @@ class VisionTransformer(AbstractVisionTower):
         Raises:
             ConfigError: If the sides of the image are no multiples of the patch's.
         """
-        grid = self._grid(pixels)
-        # patches_bpw
-        stream, positions = self.patch_embedding(pixels).flatten(2).transpose(1, 2), self.positions(grid)
-        whole = not (self.training and self.patch_dropout > 0)
-        if self.class_token is not None:
-            stream = torch.cat([self.class_token.to(stream.dtype).expand(len(stream), 1, -1), stream], dim=1)
-        stream = stream + positions
+        grid, whole = self.grid_of(pixels), not (self.training and self.patch_dropout > 0)
+        stream = self._with_positions(pixels, grid)
         if not whole:
             stream = keep_patches(stream, self.patch_dropout, first=stream.shape[1] - grid[0] * grid[1])
         stream = self.norm_before(stream)
         stream, kept, maps = self.transformer(stream, layers=layers, attention=attention)
+        return replace(self.read(stream, grid if whole else None), layers=kept, attention=maps)
+
+    def embed(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b s width"]:
+        """Return the stream that enters the first block, class token included; no patch is left out."""
+        return self.norm_before(self._with_positions(pixels, self.grid_of(pixels)))  # type: ignore[no-any-return]
+
+    def read(self, stream: Float[Tensor, "b s w"], grid: tuple[int, int] | None) -> TowerOutput:
+        """Return pooled vector and patches of the stream that left the last block."""
         # Patches come out before the last norm is applied by CLIP; CLIP norms the class token only, but dense uses want normed patches.
         stream = self.norm_after(stream)
         if self.class_token is not None:
@@ -131,7 +136,15 @@ class VisionTransformer(AbstractVisionTower):
             pooled, patches = self.attention_pool(stream), stream
         else:
             pooled, patches = stream.mean(dim=1), stream
-        return TowerOutput(pooled, patches, grid=grid if whole else None, layers=kept, attention=maps)
+        return TowerOutput(pooled, patches, grid=grid)
+
+    def _with_positions(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        # patches_bpw
+        embedding = self.patch_embedding
+        stream = F.linear(cut_patches(pixels, self.config.patch_size), embedding.weight.flatten(1), embedding.bias)
+        if self.class_token is not None:
+            stream = torch.cat([self.class_token.to(stream.dtype).expand(len(stream), 1, -1), stream], dim=1)
+        return stream + self.positions(grid)
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "s w"]:
         """Return the position embeddings of a grid of (rows, columns): the learnt ones, or between them, bicubic and antialiased.
@@ -146,13 +159,31 @@ class VisionTransformer(AbstractVisionTower):
         resized = F.interpolate(square, grid, mode="bicubic", antialias=True)[0].flatten(1).T
         return torch.cat([first, resized.to(first.dtype)])
 
-    def _grid(self, pixels: Tensor) -> tuple[int, int]:
+    def grid_of(self, pixels: Float[Tensor, "b 3 h w"]) -> tuple[int, int]:
+        """Return rows and columns of patches.
+
+        Raises:
+            ConfigError: If the sides of the image are no multiples of the patch's.
+        """
         (height, width), side = pixels.shape[-2:], self.config.patch_size
         if height % side or width % side:
             raise ConfigError(
                 f"An image of {width} x {height} pixels cannot be cut into patches of {side}. Choose sizes of views that {side} divides."
             )
         return height // side, width // side
+
+
+def cut_patches(pixels: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b p n"]:
+    """Return the 3 side^2 numbers of each patch, patches in row order: a convolution of stride `side` is then one matrix product.
+
+    Under autocast they come in its precision, so that half the bytes are moved. With it a training step on a CPU took 0.92 to 0.97 of the
+    time with the convolution (patches of 32 pixels, compiled and not).
+    """
+    device = pixels.device.type
+    if torch.is_autocast_enabled(device):
+        pixels = pixels.to(torch.get_autocast_dtype(device))
+    cut = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # b 3 rows side columns side
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # type: ignore[no-any-return]
 
 
 def keep_patches(stream: Float[Tensor, "b s w"], rate: float, *, first: int) -> Float[Tensor, "b kept w"]:

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from diptych.evaluation.guard import Curve
 from diptych.files import atomic_file
 from diptych.types import Interval
 from diptych.use.gallery import Card, render
@@ -25,6 +26,7 @@ class RunSummary:
         text_to_image: Cards.
         facts: Name and value, by section.
         notes: Sentences, such as the doctor's findings.
+        curve: What was learnt and what was kept, along the mixes of the weights before and after.
     """
 
     title: str
@@ -35,6 +37,7 @@ class RunSummary:
     text_to_image: Sequence[Card] = ()
     facts: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    curve: Curve | None = None
 
 
 def write_report(path: Path, run: RunSummary) -> None:
@@ -57,11 +60,26 @@ def render_report(run: RunSummary) -> str:
             "<h2>Text to image</h2><p class='lead'>A held-out text and the five images it is nearest to; the right one framed.</p>"
         )
         body.append(render(run.text_to_image))
+    if run.curve is not None:
+        body.append(_kept(run.curve))
     for name, rows in run.facts.items():
         body.append(f"<h2>{escape(name)}</h2>{facts(rows)}")
     if run.notes:
         body.append("<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in run.notes) + "</ul>")
     return page(run.title, "".join(body))
+
+
+def _kept(curve: Curve) -> str:
+    """Return the section on what the model knew before."""
+    lines = [
+        Line(f"kept: {curve.metrics[0]} on {curve.probe}", tuple((p.share, p.probe.value) for p in curve.points)),
+        Line(f"learnt: {curve.metrics[1]} on {curve.task}", tuple((p.share, p.task.value) for p in curve.points)),
+    ]
+    kept = [(f"{p.share:.0%} tuned: kept", p.probe, curve.chance) for p in curve.points]
+    learnt = [(f"{p.share:.0%} tuned: learnt", p.task, None) for p in curve.points]
+    rows = [row for pair in zip(kept, learnt, strict=True) for row in pair]
+    chart = line_chart("Mixes of start (0) and tuned weights (1)", lines, x_name="share of the tuned weights")
+    return f"<h2>What the model knew before</h2><p class='lead'>{escape(curve.advice)}</p><div class='charts'>{chart}</div>{interval_table(rows)}"
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -73,13 +91,16 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return Line(name, tuple((row["step"], row[key]) for row in steps))
 
     names = list(dict.fromkeys(name for row in evaluations for name in row["evaluation"]))
-    recall = [
+    shares = [
         Line(name, tuple((row["step"], row["evaluation"][name]) for row in evaluations if name in row["evaluation"]))
         for name in names
     ]
+    recall = [line for line in shares if not line.name.startswith("guard/")]
+    guard = [line for line in shares if line.name.startswith("guard/")]
     return [
         line_chart("Loss", [line("loss", "loss")]),
         line_chart("Held-out samples", recall),
+        line_chart("What the model knew before", guard),
         line_chart("Learning rate", [line("learning rate", "lr")]),
         line_chart("Scale (1 / temperature)", [line("scale", "scale")]),
         line_chart("Gradient norm", [line("norm before clipping", "grad_norm")]),
