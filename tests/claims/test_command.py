@@ -84,8 +84,8 @@ def test_what_cannot_be_reproduced(add, fake, folder):
     with pytest.raises(ConfigError, match="Did you mean 'siglip'"):
         commands.reproduce("siglib")
     add(fake=fake())
-    with pytest.raises(ConfigError, match=r"clip states no claim that could be run\. Methods that do: fake\."):
-        commands.reproduce("clip")
+    with pytest.raises(ConfigError, match=r"siglip states no claim that could be run\. Methods that do: fake\."):
+        commands.reproduce("siglip")
     for arguments in ({}, {"slug": "fake", "all": True}):
         with pytest.raises(ConfigError, match="Name one method, as in `diptych reproduce SLUG`, or say --all"):
             commands.reproduce(**arguments)

@@ -63,7 +63,7 @@ def test_the_least_loss_on_a_quadratic_is_where_the_formula_says(weight):
 
     optimizer.step(loss)
     firm = weight * importance
-    torch.testing.assert_close(found.detach(), (steep * goal + firm * anchor) / (steep + firm), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.detach(), (steep * goal + firm * anchor) / (steep + firm), rtol=1e-4, atol=1e-4)
 
 
 def test_anchors_get_no_gradient():

@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from by_hand import embeddings, pairs
-from diptych.methods.clip import Config, Objective, mini, recipe
+from diptych.claims.claim import Trial
+from diptych.claims.reproduce import check
+from diptych.claims.train import train_quietly
+from diptych.config import override
+from diptych.data.sources import Listed
+from diptych.methods import clip
+from diptych.methods.clip import WITHOUT, Config, Objective, claim, mini, recipe
 from diptych.models.dual import MAX_LOG_SCALE
 from diptych.types import Batch, PairEmbeddings
 
@@ -94,3 +100,27 @@ def test_the_default_trains_heads_only_and_the_miniature_everything_from_scratch
     assert (recipe().model.start, recipe().model.vision_mode, recipe().model.text_mode) == ("auto", "frozen", "frozen")
     assert (mini().model.start, mini().model.vision_mode, mini().model.text_mode) == ("new", "full", "full")
     assert mini().model.architecture.scale.log_scale == pytest.approx(math.log(1 / 0.07))
+
+
+def test_the_ablation_is_well_formed_and_each_arm_is_another_recipe():
+    check(claim(), "clip")
+    recipes = [mini(), *(override(mini(), changes) for changes in WITHOUT.values())]
+    assert all(one != other for place, one in enumerate(recipes) for other in recipes[:place])
+    passed = claim()[0].control.passed
+    assert passed({"control": [0.0, 0.01]}) and not passed({"control": [0.0, 0.03]})
+
+
+@pytest.mark.slow
+def test_every_arm_of_the_ablation_runs():
+    sizes = []
+
+    def train(settings, source):
+        small = Listed([source[index] for index in range(64)], source.name)
+        sizes.append((settings.epochs, len(settings.data.views)))
+        settings = replace(settings, epochs=1, data=replace(settings.data, batch_size=32))
+        return train_quietly(settings, small, clip, seed=0)[0]
+
+    (one,) = claim()
+    values = [arm.run(Trial(0, "validation", {}, lambda slug: mini(), train)) for arm in one.arms]
+    assert all(0 <= value < 0.1 for value in values)
+    assert sizes[:2] == [(24, 1), (42, 2)]
