@@ -19,8 +19,8 @@ def add(monkeypatch):
     """Return a function that makes a table of methods: these modules, one that states no claim, and one that is planned."""
 
     def put(**modules) -> None:
-        working = {slug: replace(METHODS["clip"], slug=slug) for slug in ("clip", *modules)}
-        planned = replace(METHODS["clip"], slug="later", state="planned")
+        working = {slug: replace(METHODS["siglip"], slug=slug) for slug in ("siglip", *modules)}
+        planned = replace(METHODS["siglip"], slug="later", state="planned")
         monkeypatch.setattr(reproducing, "METHODS", working | {"later": planned})
         monkeypatch.setattr(reproducing, "load_method", lambda slug: modules.get(slug) or load_method(slug))
 

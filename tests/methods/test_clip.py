@@ -13,7 +13,7 @@ from diptych.claims.train import train_quietly
 from diptych.config import override
 from diptych.data.sources import Listed
 from diptych.methods import clip
-from diptych.methods.clip import WITHOUT, Config, Objective, claim, mini, recipe
+from diptych.methods.clip import WITHOUT, Config, Objective, claim, demo, mini, recipe
 from diptych.models.dual import MAX_LOG_SCALE
 from diptych.types import Batch, PairEmbeddings
 
@@ -104,7 +104,7 @@ def test_the_default_trains_heads_only_and_the_miniature_everything_from_scratch
 
 def test_the_ablation_is_well_formed_and_each_arm_is_another_recipe():
     check(claim(), "clip")
-    recipes = [mini(), *(override(mini(), changes) for changes in WITHOUT.values())]
+    recipes = [mini(), demo(), *(override(demo(), changes) for changes in WITHOUT.values())]
     assert all(one != other for place, one in enumerate(recipes) for other in recipes[:place])
     passed = claim()[0].control.passed
     assert passed({"control": [0.0, 0.01]}) and not passed({"control": [0.0, 0.03]})

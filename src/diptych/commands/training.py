@@ -192,10 +192,10 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> TrainedRun:
         out: Run directory; an earlier demo there is replaced.
         seed: Of weights, order and augmentation.
     """
-    size = clip.mini().model.architecture.image_policy.size
+    size = clip.demo().model.architecture.image_policy.size
     with progress("drawing emoji", 0) as advance:
         glyphs(size, progress=lambda drawings: advancing(drawings, advance))
-    recipe = override(clip.mini(), {"seed": seed})
+    recipe = override(clip.demo(), {"seed": seed})
     return train("openmoji:train", recipe=recipe, out=out, evaluate_on="openmoji:test", overwrite=True)
 
 
