@@ -171,6 +171,11 @@ def test_the_advice_says_what_was_seen(scripted, kept, best, words):
     assert curve.best == best and words in curve.advice
 
 
+def test_where_training_taught_nothing_the_advice_is_the_start(scripted):
+    curve = scripted(lambda a: items(0.8 - 0.5 * a, 0.8 - 0.5 * a), lambda a: items(0.5, 0.5))
+    assert curve.best == 0 and "Keep the start" in curve.advice
+
+
 def test_a_task_of_one_sample_chooses_nothing(scripted):
     curve = scripted(lambda a: items(0.9 - 0.5 * a, 0.9), lambda a: np.ones(1))
     assert curve.best == 0.5 and curve.task_change == Interval(0.0, 0.0, 0.0)

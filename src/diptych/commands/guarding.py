@@ -84,7 +84,7 @@ def conclude(guard: Guard, model: DualEncoder, held: AbstractSource, folder: Pat
             curve.save(folder / "guard.png")
         except MissingExtraError:
             pass  # the numbers are in guard.json and the report
-        if curve.fallen and curve.best < 1:
+        if curve.fallen and 0 < curve.best < 1:
             with mixed(model, guard.start, curve.best), torch.no_grad():
                 save_model(model, folder / MIX)
             say(f"The mix with {curve.best:.0%} of the tuned weights is in {folder / MIX}.")

@@ -146,6 +146,11 @@ class Curve:
                 f"{seen}, and no mix with the start is better on probe and task together: to lose less, train for fewer steps or with a lower "
                 "optimizer.lr, or with a method that keeps what was known."
             )
+        if self.best == 0:
+            return (
+                f"{seen}, and the start is better on probe and task together: training taught nothing that these samples show. Keep the start, or "
+                "train for longer, on more samples, or with a lower optimizer.lr."
+            )
         return (
             f"{seen}; with {self.best:.0%} of the tuned weights and the rest from the start, the probe changes by {_signed(self.probe_change)} "
             f"and the task by {_signed(self.task_change)}: take that mix if the first is worth the second to you."
