@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from diptych.curate import in_image_text
 from diptych.curate.in_image_text import (
     WRITTEN,
     TextInImage,
@@ -17,6 +16,7 @@ from diptych.curate.in_image_text import (
     repeated_share,
 )
 from diptych.curate.pictures import NO_IMAGE, UNREADABLE
+from diptych.data import ocr
 from diptych.errors import ConfigError
 
 
@@ -116,23 +116,6 @@ def test_planted_words_are_read_by_rapidocr():
         assert read_with_rapidocr(Image.new("RGB", size, "white")) == ""
 
 
-@pytest.mark.parametrize(
-    ("size", "padded"),
-    [((64, 64), (64, 64)), ((40, 10), (40, 10)), ((41, 10), (41, 11)), ((3, 900), (225, 900)), ((900, 3), (900, 225))],
-)
-def test_strips_are_padded_before_they_are_read(monkeypatch, size, padded):
-    seen = []
-
-    def engine(pixels):
-        seen.append(pixels)
-        return SimpleNamespace(txts=("b", "r"))
-
-    monkeypatch.setattr(in_image_text, "_engine", lambda: engine)
-    assert read_with_rapidocr(Image.new("RGB", size, (10, 20, 30))) == "b\nr"
-    assert seen[0].shape == (padded[1], padded[0], 3) and seen[0][0, 0].tolist() == [30, 20, 10]
-    assert seen[0][-1, -1].tolist() == ([30, 20, 10] if size == padded else [255] * 3)
-
-
-def test_nothing_read_is_an_empty_text(monkeypatch):
-    monkeypatch.setattr(in_image_text, "_engine", lambda: lambda pixels: SimpleNamespace(txts=None))
-    assert read_with_rapidocr(Image.new("RGB", (9, 9))) == ""
+def test_lines_are_put_below_each_other(monkeypatch):
+    monkeypatch.setattr(ocr, "_engine", lambda: lambda pixels: SimpleNamespace(txts=("b", "r")))
+    assert read_with_rapidocr(Image.new("RGB", (9, 9))) == "b\nr"

@@ -9,6 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from diptych.commands.terminal import chosen, progress, say
+from diptych.data.ocr import read_line, read_text
 from diptych.data.sources import AbstractSource, Columns, open_source
 from diptych.files import atomic_file
 from diptych.models.weights import load
@@ -23,7 +24,6 @@ from diptych.use.linkage import (
     link_records,
     read_missing_texts,
 )
-from diptych.use.ocr import read_line, read_text
 from diptych.use.page import page
 
 Ocr = Literal["page", "line", "off"]

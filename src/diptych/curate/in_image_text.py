@@ -9,10 +9,7 @@ image is.
 Relative: Lin et al. 2024, "Parrot Captions Teach CLIP to Spot Text", section 3, counts whole words.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +18,14 @@ from PIL import Image
 from diptych.curate.minhash import folded_words
 from diptych.curate.pictures import images_of_rows, look, with_faults
 from diptych.curate.reasons import kept, with_column, with_reason
-from diptych.errors import ConfigError, require
+from diptych.data.ocr import Reader, read_lines
+from diptych.errors import ConfigError
 from diptych.verbs import AbstractCurator
 
 WRITTEN = "caption is written in the image"
 """The reason. The column `written` says what was read; it is null where nothing was looked at."""
 
-Reader: TypeAlias = Callable[[Image.Image], str]
-"""Returns what is written in an image, empty if nothing is."""
-
 _PIECE = 3
-_STRIP = 4
 
 
 @dataclass(frozen=True)
@@ -102,24 +96,4 @@ def read_with_rapidocr(image: Image.Image) -> str:
     Raises:
         MissingExtraError: If it is not installed.
     """
-    found = _engine()(np.asarray(_padded(image))[:, :, ::-1])  # it takes blue, green, red
-    return "\n".join(found.txts or ())
-
-
-def _padded(image: Image.Image) -> Image.Image:
-    """Return an image whose long side is at most four times the short one, white where there was nothing.
-
-    RapidOCR scales the short side to 736 pixels, which a strip of 3 x 900 would need gigabytes for.
-    """
-    least = -(-max(image.size) // _STRIP)
-    if min(image.size) >= least:
-        return image
-    canvas = Image.new("RGB", (max(image.width, least), max(image.height, least)), "white")
-    canvas.paste(image)
-    return canvas
-
-
-@lru_cache(maxsize=1)
-def _engine() -> Any:
-    quiet = {"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": 1}  # one process per core
-    return require("rapidocr", "ocr").RapidOCR(params=quiet)
+    return "\n".join(read_lines(image))

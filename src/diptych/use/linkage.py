@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.data.images import decode
+from diptych.data.ocr import Reader
 from diptych.data.sources import AbstractSource, Listed
 from diptych.errors import ConfigError, ImageError, InputError
 from diptych.evaluation.linkage import (
@@ -28,7 +29,6 @@ from diptych.models.neighbours import nearest
 from diptych.models.pooling import pool
 from diptych.types import Text
 from diptych.use.gallery import Candidate, Card
-from diptych.use.ocr import Reader
 
 WEIGHTS = tuple(round(0.1 * step, 1) for step in range(11))
 """Shares of the image that are tried where the weight is tuned."""
