@@ -9,31 +9,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from diptych.data.sources import AbstractSource, Order
+from diptych.data.sources import AbstractSame, AbstractSource, Order
 from diptych.errors import ConfigError, DataError
-from diptych.types import Sample, Text
 
 
-class Ordered(AbstractSource):
+class Ordered(AbstractSame):
     """Another source, whose epochs follow an order of their own; their rows may repeat."""
 
     def __init__(self, source: AbstractSource, order: Order, notes: tuple[str, ...] = ()) -> None:
-        self.source, self.order = source, order
-        self.name, self.notes = source.name, (*source.notes, *notes)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[index]
-
-    def without_image(self, index: int) -> Sample:
-        """Return one sample without its image."""
-        return self.source.without_image(index)
-
-    def texts(self, index: int) -> tuple[Text, ...]:
-        """Return the texts of one sample."""
-        return self.source.texts(index)
+        super().__init__(source)
+        self.order, self.notes = order, (*source.notes, *notes)
 
 
 def rows_by_group(source: AbstractSource) -> dict[str, list[int]]:

@@ -155,7 +155,33 @@ class Joined(AbstractSource):
         return self.sources[place], index - (self._ends[place - 1] if place else 0)
 
 
-class WithChances(AbstractSource):
+class AbstractSame(AbstractSource):
+    """Another source, sample by sample; what differs is which samples an epoch shows, and in which order.
+
+    Attributes:
+        source: The other one.
+    """
+
+    def __init__(self, source: AbstractSource) -> None:
+        self.source = source
+        self.name, self.notes = source.name, source.notes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[index]
+
+    def without_image(self, index: int) -> Sample:
+        """Return one sample without its image."""
+        return self.source.without_image(index)
+
+    def texts(self, index: int) -> tuple[Text, ...]:
+        """Return the texts of one sample."""
+        return self.source.texts(index)
+
+
+class WithChances(AbstractSame):
     """Another source, of which every epoch shows some samples, drawn anew with these chances."""
 
     def __init__(self, source: AbstractSource, chances: Float64[np.ndarray, " n"]) -> None:
@@ -173,22 +199,8 @@ class WithChances(AbstractSource):
                 f"{source.name} has {len(source):,} samples, so it needs as many chances between 0 and 1; {len(chances):,} came"
                 + (f", from {chances.min():g} to {chances.max():g}." if len(chances) else ".")
             )
-        self.source, self.chances = source, chances
-        self.name, self.notes = source.name, source.notes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.source[index]
-
-    def without_image(self, index: int) -> Sample:
-        """Return one sample without its image."""
-        return self.source.without_image(index)
-
-    def texts(self, index: int) -> tuple[Text, ...]:
-        """Return the texts of one sample."""
-        return self.source.texts(index)
+        super().__init__(source)
+        self.chances = chances
 
 
 def _prefixed(sample: Sample, name: str) -> Sample:
