@@ -345,7 +345,7 @@ def mini() -> Recipe[Config]:
 OFF = {"image_weight": 0.0, "text_weight": 0.0, "l2_weight": 0.0}
 """Sequential fine-tuning."""
 
-L2_WEIGHTS = {START: 1.0, "mini": 1.0}
+L2_WEIGHT = 1.0
 EWC_WEIGHT = 1000.0
 
 LWF = {"l2_weight": 0.0}
@@ -405,7 +405,7 @@ def claim() -> tuple[Claim, ...]:
 def _arms(start: str, order: str) -> tuple[Arm, ...]:
     """Return fine-tuning, ZSCL, its controls, and the other baselines."""
     reference = {"reference": REFERENCE, "reference_count": 300}
-    whole = {"teacher": start, **reference, "l2_weight": L2_WEIGHTS[start]}
+    whole = {"teacher": start, **reference, "l2_weight": L2_WEIGHT}
 
     def arm(name: str, part: Part, objective: Mapping[str, Any], **settings: Any) -> Arm:
         return Arm(name, part, lambda trial: on_tasks(trial, start, order, objective, **settings), RATES[start])
@@ -420,7 +420,7 @@ def _arms(start: str, order: str) -> tuple[Arm, ...]:
         arm("teacher of other images", "control", {**whole, "control": "misplaced"}, mean_every=5),
         *(extra if order == "I" else ()),
         arm("LwF", "further", LWF),
-        arm("L2", "further", {**OFF, "l2_weight": L2_WEIGHTS[start]}),
+        arm("L2", "further", {**OFF, "l2_weight": L2_WEIGHT}),
         arm("EWC", "further", {**OFF, **reference, "ewc_weight": EWC_WEIGHT}),
         arm("WiSE-FT", "further", OFF, keep=0.5),
         arm("jointly", "further", OFF, training="jointly"),
