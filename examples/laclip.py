@@ -22,7 +22,7 @@ def main(out: Path = Path("runs/laclip")) -> None:
         model=None,
     )
     for row in table.slice(0, 4).to_pylist():
-        print(f"{row['caption'][0]}\n  rewrites: {row['rewrite']}\n  {row['reason']}")
+        print(f"{row['caption'][0]}\n  rewrites: {row['rewrite']}\n  {row['verdict']}")
 
     # Our small model of drawings, its towers as they are; without augmentation they look at every text and image once.
     recipe = override(laclip.recipe(), {"model": {"start": "mini"}, "data": {"views": [{}]}, "evaluate_every": 0})

@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 
 from diptych.claims.train import train_quietly
 from diptych.curate.metadata import build_metadata, words_of, write_metadata
+from diptych.curate.reasons import kept_rows
 from diptych.data.sources import WithChances
+from diptych.data.zipf import zipf_pool
 from diptych.methods import clip
-from diptych.methods.metaclip import Config, Curator, kept_rows, zipf_pool
+from diptych.methods.metaclip import Config, Curator
 
 
 def main(out: Path = Path("runs/metaclip")) -> None:
@@ -29,7 +31,7 @@ def main(out: Path = Path("runs/metaclip")) -> None:
     pq.write_table(kept_rows(found), out / "kept.parquet")
 
     for reason, number in Counter(found["reason"].to_pylist()).most_common():
-        print(f"{number:5} {reason}")
+        print(f"{number:5} {reason or 'kept'}")
     for name, rows in (("before", table), ("after", kept_rows(found))):
         held = Counter(pool.names[pool.concepts[int(key.removeprefix("pair-"))]][0] for key in rows["key"].to_pylist())
         print(f"{name}: {len(held)} concepts, the largest {held.most_common(3)}")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from diptych.config import fingerprint, from_json, override, to_json
+from diptych.config import fingerprint, from_json, override, read_json, to_json
 from diptych.errors import ConfigError
 from diptych.methods import clip, siglip
 from diptych.models.build import DualConfig
@@ -182,3 +182,13 @@ def test_a_fingerprint_follows_every_value_and_kind():
     found = [fingerprint(record) for record in records]
     assert len(set(found)) == len(records) and all(len(digits) == 16 for digits in found)
     assert fingerprint(Drawing(notes={"a": 1, "b": 2})) == fingerprint(Drawing(notes={"b": 2, "a": 1}))
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff"])
+def test_a_file_that_is_no_json_says_what_to_do(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.json cannot be read as JSON: .*\. Make it again\.$"):
+        read_json(tmp_path / "a.json", "Make it again.")
+    (tmp_path / "a.json").write_text('{"name": "喵"}', encoding="utf-8")
+    assert read_json(tmp_path / "a.json", "") == {"name": "喵"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diptych.files import atomic_file, atomic_folder, cache_folder, replace_between, surviving
+from diptych.files import atomic_file, atomic_folder, cache_folder, passing_folder, replace_between, surviving
 
 
 def write(folder: Path, word: str) -> None:
@@ -207,3 +207,36 @@ def test_text_is_put_between_marks(tmp_path):
     page.write_text("before <!-- a -->old\\1\n<!-- b --> after <!-- a -->second<!-- b -->")
     assert replace_between(page, "<!-- a -->", "<!-- b -->", r"new\1")
     assert page.read_text() == "before <!-- a -->\n\nnew\\1\n\n<!-- b --> after <!-- a -->second<!-- b -->"
+
+
+def test_a_passing_folder_goes_with_its_context_and_takes_those_of_the_killed_along(tmp_path):
+    for name in ("kept-00000000", "kept-11111111", "else-22222222"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        if name != "kept-11111111":  # that one was used a moment ago
+            os.utime(tmp_path / name, (0, 0))
+    with passing_folder(tmp_path, "kept") as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {folder.name, "kept-11111111", "else-22222222"}
+        os.utime(folder, (0, 0))
+        with passing_folder(tmp_path, "kept") as other:  # old, but somebody holds it
+            assert folder.exists() and other != folder
+        assert not other.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"kept-11111111", "else-22222222"}
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    code = (
+        "import os, signal, sys, pathlib\nfrom diptych.files import passing_folder\n"
+        "with passing_folder(pathlib.Path(sys.argv[1]), 'kept'):\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (0, 0))
+    with passing_folder(tmp_path, "kept") as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_passing_folder_that_cannot_be_made_is_only_a_path(tmp_path):
+    (tmp_path / "file").touch()
+    with passing_folder(tmp_path / "file", "kept") as folder:
+        assert not folder.exists()

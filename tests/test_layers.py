@@ -16,6 +16,7 @@ ORDER = (
     "types",
     "errors",
     "files",
+    "threads",
     "config",
     "data",
     "losses",

@@ -1,14 +1,16 @@
 """The command line. `diptych --help` and `diptych methods` load no torch; everything else imports its command when it is called."""
 
-import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
+from diptych.config import read_json
 from diptych.errors import ConfigError, DiptychError, nearest
-from diptych.methods import METHODS
+from diptych.methods import METHODS, Verb, load_method
+from diptych.threads import thread_settings, usable_cores
 
 COMMANDS = {
     "train": "train a model on image-text pairs: diptych train ./photos",
@@ -18,7 +20,10 @@ COMMANDS = {
     "link": "link the records of two tables: diptych link a.csv b.csv --out links.csv",
     "cluster": "find records that are one entity: diptych cluster records.csv --out clusters.csv",
     "probe": "measure what a model's layers say, such as of a brain: diptych probe ./images --responses recordings.npz",
+    "adapt": "learn a classifier beside a frozen model: diptych adapt ./photos --authorised photo --out fence",
+    "attack": "how little misleads a model, and whether it misleads others: diptych attack ./photos --model runs/photos-clip --html attack.html",
     "anomaly": "score pictures of a product and show what is wrong: diptych anomaly ./photos --detector.product bottle --html found.html",
+    "segment": "give every pixel one of your words: diptych segment photo.jpg --labels 'cat,dog' --html found.html",
     "doctor": "look for trouble before training: diptych doctor ./photos",
     "curate": "choose what to train on, with a reason for every pair: diptych curate ./raw --out curated",
     "rewrite": "rewrite captions with a language model: diptych rewrite ./photos --out rewritten.parquet",
@@ -38,10 +43,7 @@ _GOES_ON = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; exit with 0, or 1 if the doctor found errors, or 2 if something could not be used."""
-    # Before torch is loaded: its threads then sleep while they wait for one another. With the default, spinning, one other busy process
-    # on two cores slowed a training step from 0.2 s to 8 s; on an idle machine no difference was seen.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    os.environ.update(thread_settings(usable_cores()))  # before torch is loaded, which reads them once
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = _run(command, rest)
@@ -66,25 +68,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code)
 
 
-def usable_cores() -> int:
-    """Return how many physical cores this process may keep busy: those it is bound to, and no more than its container's share of time.
-
-    Two threads on one core wait for each other, and in a container torch sees the cores of the whole machine.
-    """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = len({_read(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") or str(n) for n in allowed})
-    quota, _, period = (_read("/sys/fs/cgroup/cpu.max") or "max").partition(" ")
-    return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
-
-
-def _read(path: str) -> str | None:
-    """Return what a file of the kernel says; None where there is no such file."""
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return None
-
-
 def _run(command: str, arguments: list[str]) -> int | None:
     """Run one command; return its exit code, None for help and version, which just end."""
     if command in ("-h", "--help", "help"):
@@ -104,6 +87,8 @@ def _run(command: str, arguments: list[str]) -> int | None:
         "evaluate": _evaluate,
         "curate": _curate,
         "probe": _probe,
+        "attack": _attack,
+        "adapt": _adapt,
     }.get(command)
     return run(arguments) if run else _plain(command, arguments)
 
@@ -138,19 +123,36 @@ def _plain(command: str, arguments: list[str]) -> int:
 
 
 def _probe(arguments: list[str]) -> int:
-    """Run `probe`; the settings of `--method` are spread over the command line."""
+    return _call_with_settings("probe", lambda module: module.Config(), arguments)
+
+
+def _attack(arguments: list[str]) -> int:
+    return _call_with_settings("attack", lambda module: module.mini(), arguments)
+
+
+def _adapt(arguments: list[str]) -> int:
+    """Run `adapt`; of the adapters, one that learns is the default."""
+    method, arguments = _take("--method", arguments)
+    arguments = [*arguments, "--method", method or "ip_clip"]
+    return _call_with_settings("adapter", lambda module: module.mini(), arguments, command="adapt")
+
+
+def _call_with_settings(
+    verb: Verb, default: Callable[[ModuleType], Any], arguments: list[str], *, command: str | None = None
+) -> int:
+    """Run the command of a verb; the settings of `--method` are spread over the command line."""
     import tyro
 
     from diptych import commands
-    from diptych.methods import load_method
 
     method, arguments = _take("--method", arguments)
-    probes = [m.slug for m in METHODS.values() if m.verb == "probe" and m.state != "planned"]
-    settings = load_method(method or probes[0], verb="probe").Config
-    spread: Any = Annotated[settings, tyro.conf.arg(name="")]
-    also = f"--method SLUG chooses the probe ({', '.join(probes)}); these are its settings."
-    run = _typed(commands.probe, "settings", spread, settings(), also)
-    _call(run, "probe", arguments if method is None else [*arguments, "--method", method])
+    slugs = [m.slug for m in METHODS.values() if m.verb == verb and m.state != "planned"]
+    settings = default(load_method(method or slugs[0], verb=verb))
+    spread: Any = Annotated[type(settings), tyro.conf.arg(name="")]
+    also = f"--method SLUG chooses the {verb} ({', '.join(slugs)}); these are its settings."
+    command = command or verb
+    run = _typed(getattr(commands, command), "settings", spread, settings, also)
+    _call(run, command, arguments if method is None else [*arguments, "--method", method])
     return 0
 
 
@@ -181,7 +183,7 @@ def _doctor(arguments: list[str]) -> int:
 
 def _curate(arguments: list[str]) -> int:
     """Run `curate`; `--config FILE` changes the steps that flags start from, and may be the curation.json of an earlier run."""
-    from functools import partial
+    import tyro
 
     from diptych import commands
     from diptych.config import override
@@ -190,7 +192,9 @@ def _curate(arguments: list[str]) -> int:
     path, arguments = _take("--config", arguments)
     record = read_config(Path(path)) if path else {}
     steps = override(CurateConfig(), record.get("config", record), where="steps")
-    _call(partial(commands.curate, steps=steps), "curate", arguments)
+    spread: Any = Annotated[CurateConfig, tyro.conf.arg(name="")]
+    also = "--config FILE.json (such as the curation.json of a run) changes the defaults shown here."
+    _call(_typed(commands.curate, "steps", spread, steps, also), "curate", arguments)
     return 0
 
 
@@ -206,7 +210,6 @@ def _call_with_recipe(function: Callable[..., Any], command: str, arguments: lis
     import tyro
 
     from diptych.commands import read_recipe
-    from diptych.methods import load_method
     from diptych.training.recipe import Recipe
 
     config, arguments = _take("--config", arguments)
@@ -254,10 +257,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If it is not there or not a JSON object.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    record = read_json(path, "It must hold one JSON object with keys of the recipe.")
     if not isinstance(record, dict):
         raise ConfigError(f"{path} must hold one JSON object with keys of the recipe.")
     return record

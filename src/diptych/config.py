@@ -62,6 +62,22 @@ def override(record: T, changes: Mapping[str, Any], *, where: str = "") -> T:
     return dataclasses.replace(record, **new)  # type: ignore[type-var]
 
 
+def read_json(path: Path, advice: str) -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: UTF-8 text.
+        advice: What the user can do where it cannot be read, a sentence.
+
+    Raises:
+        ConfigError: If it is not there, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
+        raise ConfigError(f"{path} cannot be read as JSON: {error}. {advice}") from error
+
+
 def fingerprint(record: Any) -> str:
     """Return 16 hex digits that change when any value of the record does."""
     return hashlib.blake2b(json.dumps(to_json(record), sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -3,9 +3,10 @@
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -46,6 +47,45 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def passing_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Give a new folder `<name>-........` that vanishes with the context; where none can be made, the path of one that is not there.
+
+    A process that is killed leaves its folder. The next context of this name removes those that nobody holds a lock on, after an hour in which
+    nothing was added to them; where folders cannot be locked they stay.
+    """
+    for left in parent.glob(f"{name}-????????"):
+        if time.time() - left.stat().st_mtime > 3600 and (lock := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    folder = parent / f"{name}-{uuid.uuid4().hex[:8]}"
+    with suppress(OSError):
+        folder.mkdir(parents=True)
+    lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return a descriptor that holds the lock on a folder, until it is closed or its process ends; None if there is none to be had."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # no such locks on Windows
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def replace_between(path: Path, start: str, end: str, text: str) -> bool:

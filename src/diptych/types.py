@@ -61,7 +61,7 @@ class Sample:
         label: Class name, for classification sources.
         domain: Style or origin, for domain-shift sources.
         regions: Objects with boxes, if known.
-        mask: uint8 [h, w], 0 background, i + 1 for pixels of `regions[i]`.
+        mask: uint8 [h, w], 0 background, i + 1 for pixels of `regions[i]`, 255 where nobody knows.
         relations: (subject region, predicate, object region) triples.
         twin: Key of the sample that differs from this one in a single factor.
     """
@@ -123,15 +123,16 @@ class Batch:
 
     Attributes:
         keys: Sample keys.
-        images: One tensor per view; view 0 is the main one. Views may differ in size. Still uint8: the model's first op makes them float.
-            Where a frozen image tower was asked before, what it makes of the view; `DualEncoder.image_output` takes either.
+        images: One tensor per view; view 0 is the main one. Views may differ in size. Still uint8: the model's first op makes them float;
+            or floats in [0, 1], where something changed them. Where a frozen image tower was asked before, what it makes of the view;
+            `DualEncoder.image_output` takes any of these.
         texts: One record per text column; column 0 is the main one.
         group: Hash of the sample's group; equal values are positives.
         skipped: Why samples that belonged here were left out, one sentence each.
     """
 
     keys: tuple[str, ...]
-    images: tuple[UInt8[Tensor, "b 3 _h _w"] | TowerOutput, ...]
+    images: tuple[UInt8[Tensor, "b 3 _h _w"] | Float[Tensor, "b 3 _h _w"] | TowerOutput, ...]
     texts: tuple[Tokens, ...]
     group: Int64[Tensor, " b"]
     skipped: tuple[str, ...] = ()

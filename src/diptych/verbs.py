@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from diptych.data.sources import AbstractSource
     from diptych.models.dual import DualEncoder
+    from diptych.models.perturbation import AbstractPerturbation
 
 E = TypeVar("E", bound=Encoded)
 
@@ -91,7 +92,10 @@ class AbstractObjective(nn.Module, ABC, Generic[E]):
 
 
 class AbstractAdapter(ABC):
-    """Makes a trained model fit for another use; may train nothing."""
+    """Makes a trained model fit for another use; may train nothing.
+
+    Where it learns a classifier, the predictor is a `Classifier` (`evaluation/classifier.py`), which `diptych adapt` saves and measures.
+    """
 
     @abstractmethod
     def fit(self, model: "DualEncoder", data: "AbstractSource") -> Callable[[Batch], object]:
@@ -99,15 +103,11 @@ class AbstractAdapter(ABC):
 
 
 class AbstractAttack(ABC):
-    """Finds inputs that break a model, to audit it."""
+    """Finds changes of images that break a model, to audit it."""
 
     @abstractmethod
-    def fit(self, model: "DualEncoder", data: Iterable[Batch]) -> None:
-        """Learn the perturbation from white-box access to `model`."""
-
-    @abstractmethod
-    def perturb(self, batch: Batch) -> Batch:
-        """Return the batch with the learnt perturbation applied."""
+    def fit(self, model: "DualEncoder", data: "AbstractSource") -> "AbstractPerturbation":
+        """Return the perturbation that was learnt from white-box access to a model, which is left as it was."""
 
 
 class AbstractProbe(ABC):

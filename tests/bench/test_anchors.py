@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 
 import diptych
-from diptych.bench import data, search, startup, train
+from diptych.bench import curate, data, search, startup, train
 
 ANCHORS = Path(__file__).parents[2] / "benchmarks" / "anchors"
 
@@ -13,9 +13,10 @@ ANCHORS = Path(__file__).parents[2] / "benchmarks" / "anchors"
 def test_every_anchor_has_requirements_and_a_script():
     scripts = {f"train-{script}" for _, script, _ in train.ANCHORS}
     scripts |= {f"data-{name}" for name in data.ANCHORS} | {f"search-{anchor}" for anchor, _, _ in search.ANCHORS}
+    scripts |= {f"curate-{name}" for name in curate.ANCHORS}
     assert {path.stem for path in ANCHORS.glob("*.py")} == scripts | {"environment"}
     environments = {entry.family for entry, _, _ in train.ANCHORS} | set(startup.ANCHORS.values())
-    environments |= set(data.ANCHORS) | {anchor for anchor, _, _ in search.ANCHORS}
+    environments |= set(data.ANCHORS) | set(curate.ANCHORS) | {anchor for anchor, _, _ in search.ANCHORS}
     assert {path.stem for path in ANCHORS.glob("*.txt")} == environments
 
 
@@ -23,6 +24,7 @@ def test_scripts_take_the_job_that_they_are_given():
     jobs = {f"train-{script}": {"folder", "batch", "tokens", *job} for _, script, job in train.ANCHORS} | {
         "data-webdataset": {"folder", "workers", "samples", "pixels"},
         "search-faiss": {"folder", "kind", "count"},
+        **{f"curate-{name}": {"folder", "whole"} for name in curate.ANCHORS},
     }
     for script, keys in jobs.items():
         tree = ast.parse((ANCHORS / f"{script}.py").read_text())

@@ -1,12 +1,15 @@
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 
-from diptych.bench import cached, data, embed, evaluate, loss, search, startup, train
+from diptych.bench import cached, curate, data, embed, evaluate, loss, search, startup, substrings, train
 from diptych.bench.pairs import DEVIATION, LENGTH, MEAN_WORDS, captions, export, made_batches, made_model, padded
 from diptych.bench.process import Anchors
 from diptych.bench.run import AREAS, run_areas
 from diptych.bench.turns import Contender, Turn
+from diptych.curate.match import spaced
 from diptych.errors import DiptychError
 from diptych.losses.contrastive import info_nce
 from diptych.types import Batch
@@ -187,6 +190,48 @@ def test_streams_that_make_other_pixels_stop_the_benchmark(tmp_path, nobody, mon
         data.check_pixels(str(tmp_path), 4, nobody)
 
 
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """Return a folder with a small word list of made captions."""
+    monkeypatch.delenv("DIPTYCH_DATA", raising=False)
+    curate.raw_captions.cache_clear()
+    curate.write_entries(tmp_path, 300)
+    yield tmp_path
+    curate.raw_captions.cache_clear()
+
+
+def test_matches_that_differ_stop_the_benchmark(few, nobody, monkeypatch):
+    (row, looped) = curate.measure_speed(few, curate.QUICK, nobody)
+    assert row["over"].value == 1 and looped["over"].value > 0 and row["matches"] == looped["matches"] > 1
+    assert "pyahocorasick" in nobody.notes[0]
+    monkeypatch.setattr(nobody, "ask", lambda *given, **job: [[0]] * curate.QUICK.captions)
+    with pytest.raises(DiptychError, match="pyahocorasick finds other matches"):
+        curate.measure_speed(few, curate.QUICK, nobody)
+    monkeypatch.setattr(curate, "space", lambda text: text)
+    with pytest.raises(DiptychError, match="loop over substrings finds other"):
+        curate.measure_speed(few, curate.QUICK, nobody)
+
+
+def test_captions_are_spaced_as_the_matcher_does():
+    for text in ("a,b", "", "two  spaces\tand;a `tick`!", "end\n", "猫。"):
+        assert substrings.space(text) == spaced(text)
+
+
+def test_entries_have_no_end_and_no_copy(few):
+    entries = curate.read(few, "entries")
+    assert len(set(entries)) == len(entries) == 300 and any(entry.count(" ") == 2 for entry in entries)
+    texts = list(islice(curate.endless(), 50_002))
+    assert texts[50_001] == f"{texts[1]} 1" and len(set(texts)) > 49_000
+    assert [batch.num_rows for batch in curate.stream(200, 500)] == [200, 200, 100]
+
+
+def test_memory_of_a_stream_is_its_own_peak(few):
+    """A peak before the stream does not count, and what grows with the stream would."""
+    first = np.ones(30_000_000)
+    del first
+    assert curate.stream_memory(str(few), 200, 2000) < 100
+
+
 def test_a_process_that_fails_is_no_time():
     import sys
 
@@ -195,6 +240,6 @@ def test_a_process_that_fails_is_no_time():
 
 
 def test_every_area_has_its_sizes():
-    for module in (train, loss, cached, data, embed, evaluate, search, startup):
+    for module in (train, loss, cached, data, embed, evaluate, search, curate, startup):
         assert isinstance(module.QUICK, module.Setting)
-    assert AREAS == ("train", "loss", "cached", "data", "embed", "evaluate", "search", "startup")
+    assert AREAS == ("train", "loss", "cached", "data", "embed", "evaluate", "search", "curate", "startup")

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from diptych.bench.process import Anchors, Child, environment, fresh
 from diptych.bench.resident import resident
@@ -103,8 +104,16 @@ def test_fresh_runs_a_function_in_another_process():
         fresh(os.path.getsize, "nowhere")
 
 
-def test_threads_of_children_sleep_while_they_wait():
-    assert environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+@pytest.mark.parametrize(
+    "given, expected", [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")]
+)
+def test_threads_of_children_spin_briefly_unless_told_otherwise(given, expected, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert environment().get("GOMP_SPINCOUNT") == expected
+    assert environment()["OMP_NUM_THREADS"] == str(torch.get_num_threads())
 
 
 def test_the_far_end_needs_the_standard_library_only():

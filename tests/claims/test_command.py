@@ -6,12 +6,14 @@ import pytest
 
 import diptych
 from diptych import commands
-from diptych.claims.ledger import END, START
+from diptych.claims.arms import marks
+from diptych.claims.ledger import END, START, write_results
 from diptych.cli import main
-from diptych.commands import reproducing
+from diptych.commands import reproducing, training
 from diptych.commands.records import versions
 from diptych.errors import ConfigError, PlannedMethodError
 from diptych.methods import METHODS, load_method
+from diptych.use.report import RunSummary
 
 
 @pytest.fixture
@@ -36,13 +38,17 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_claim_from_end_to_end(add, fake, calls, folder, capsys):
     add(fake=fake())
-    (folder / "README.md").write_text(f"{START}\n{END}\n")
+    (folder / "README.md").write_text("\n".join((START, END, *marks("fake"))))
+    (folder / "docs").mkdir()
+    (folder / "docs" / "claims.md").write_text("\n".join(marks("all")))
     (result,) = diptych.reproduce("fake")
     assert result.verdict == "reproduced" and len(calls()) == 24
     record = json.loads((folder / "results" / "fake.json").read_text())
     assert record["command"] == "diptych reproduce fake" and record["versions"] == versions()
     assert (folder / "results" / "fake.png").exists() and (folder / "runs" / "claims" / "fake.jsonl").exists()
     assert "[reproduced](results/fake.png)" in (folder / "README.md").read_text()
+    for page in ("README.md", "docs/claims.md"):
+        assert "| further arm | 1.550 [" in (folder / page).read_text()
     out, err = capsys.readouterr()
     assert out == "" and "fake, sums: reproduced" in err
     assert "  control   control arm                      1.500  (0.500, 1.500, 2.500)" in err
@@ -109,3 +115,23 @@ def test_ctrl_c_says_how_to_go_on(add, fake, folder, capsys):
         main(["reproduce", "fake"])
     assert stop.value.code == 130
     assert capsys.readouterr().err == "diptych reproduce: stopped. The same command goes on where it stopped.\n"
+
+
+def test_the_demo_says_which_parts_of_its_recipe_help(result, folder, monkeypatch, capsys):
+    def train(source, *, recipe, out, evaluate_on, overwrite):
+        assert (source, evaluate_on, recipe.seed, overwrite) == ("openmoji:train", "openmoji:test", 5, True)
+        return training.TrainedRun(out, None, None, RunSummary("a run", "", [], []))
+
+    monkeypatch.setattr(training, "glyphs", lambda size, progress: None)
+    monkeypatch.setattr(training, "train", train)
+    run = commands.demo(out=folder / "demo", seed=5)
+    assert (
+        run.summary.comparison is None
+        and "results/clip.json: `diptych reproduce clip` measures" in capsys.readouterr().err
+    )
+
+    write_results([replace(result, slug="clip")], folder / "results")
+    commands.demo(out=folder / "demo", seed=5)
+    page = (folder / "demo" / "report.html").read_text()
+    assert "<h2>Which parts of the recipe help</h2>" in page and "Worse: CLIP; shuffled; frozen." in page
+    assert "<strong>-0.250</strong> <small>-0.374 to -0.126</small>" in page

@@ -101,5 +101,5 @@ def test_balance_is_the_formula_over_all_rows(rows, cut, threshold):
 def test_a_size_needs_one_list():
     with pytest.raises(ConfigError, match="one word list; there are some for en, ja"):
         Balance({"en": 2, "ja": 1}, BalanceConfig(tail_share=None, size=10))
-    with pytest.raises(ConfigError, match=r"one of balance\.threshold"):
+    with pytest.raises(ConfigError, match=r"one of threshold, tail_share and size.* balance has 3"):
         BalanceConfig(threshold=3)

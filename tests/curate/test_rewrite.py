@@ -45,10 +45,11 @@ TABLE = pa.table({"image": [f"{i}.jpg" for i in range(5)], "caption": [f"a dog a
 CONFIG = RewriteConfig(styles=("plain", "loud"), batch_size=2)
 
 
-def test_rewrites_are_kept_or_dropped_with_a_reason():
+def test_rewrites_are_kept_or_dropped_with_a_verdict():
     found = Rewriter(Scripted(), CONFIG).curate(TABLE).to_pylist()
     assert [row["rewrite"] for row in found] == [[f"behold a dog and ball {i} {1000 * (i // 2)}"] for i in range(5)]
-    assert found[3]["reason"] == "plain: kept. loud: copy of the caption ('A DOG AND BALL 3')"
+    assert found[3]["verdict"] == "plain: kept. loud: copy of the caption ('A DOG AND BALL 3')"
+    assert {row["reason"] for row in found} == {None}  # the row itself stays
     assert [row["caption"] for row in found] == TABLE["caption"].to_pylist()
 
 
@@ -57,13 +58,14 @@ def test_rows_with_several_captions_or_none():
     rewriter = Rewriter(Scripted(), RewriteConfig(styles=("plain",), captions=None))
     found = rewriter.curate(table).to_pylist()
     assert [len(row["rewrite"]) for row in found] == [2, 1, 0, 0, 1]
-    assert [row["reason"] for row in found] == [
+    assert [row["verdict"] for row in found] == [
         "plain: kept. plain: kept",
         "plain: kept",
-        "no caption",
-        "no caption",
+        None,
+        None,
         "plain: kept",
     ]
+    assert [row["reason"] for row in found] == [None, None, "no text", "no text", None]
     once = Rewriter(Scripted(), RewriteConfig(styles=("plain",))).curate(table).to_pylist()
     assert [len(row["rewrite"]) for row in once] == [1, 1, 0, 0, 1]
 
@@ -72,7 +74,17 @@ def test_a_rewrite_that_is_there_already_is_a_duplicate():
     first = Rewriter(Scripted(), CONFIG).curate(TABLE)
     again = Rewriter(Scripted(), CONFIG).curate(first)
     assert again["rewrite"] == first["rewrite"]
-    assert again["reason"][0].as_py().startswith("plain: duplicate")
+    assert again["verdict"][0].as_py().startswith("plain: duplicate")
+
+
+def test_rows_with_a_reason_are_not_rewritten():
+    writer = Scripted()
+    earlier = pa.array([None, "too short", None, None, "too short"])
+    found = Rewriter(writer, CONFIG).curate(TABLE.append_column("reason", earlier)).to_pylist()
+    assert [row["reason"] for row in found] == earlier.to_pylist()
+    assert [len(row["rewrite"]) for row in found] == [1, 0, 1, 1, 0]
+    assert [row["verdict"] is None for row in found] == [False, True, False, False, True]
+    assert not any(f"ball {i}" in text for texts, _, _ in writer.calls for text in texts for i in (1, 4))
 
 
 @pytest.mark.parametrize("stop", range(7))

@@ -215,7 +215,7 @@ class TestUnique:
     def test_as_a_plain_loop_does(self, rows, cut, at_once):
         keys, captions = [key for key, _ in rows], [caption for _, caption in rows]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(unique_module, "_AT_ONCE", at_once)  # in one round, or in many
+            patch.setattr(unique_module, "AT_ONCE", at_once)  # in one round, or in many
             found = self.run(keys, captions, min(cut, len(rows)))
         seen, pairs_seen = set(), set()
         for number, (pair, key, reason) in enumerate(

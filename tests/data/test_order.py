@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from diptych.data.loader import Loader, LoaderConfig
 from diptych.data.order import hard_negatives, nearest_groups, per_group
-from diptych.data.sources import Listed
+from diptych.data.parts import Prompted
+from diptych.data.sources import Listed, Subset
+from diptych.data.texts import ShuffledTexts, WithTexts
 from diptych.errors import ConfigError, DataError
 
 
@@ -91,3 +93,46 @@ def test_hard_negatives_stand_beside_their_anchor(grouped):
     assert pickle.loads(pickle.dumps(ordered)).order(np.random.default_rng(0)).tolist() == rows.tolist()
     with pytest.raises(ConfigError, match="2 to 4 neighbours"):
         hard_negatives(source, torch.ones(12, 2), neighbours=5)
+
+
+def test_part_of_an_ordered_source_follows_what_is_left_of_the_order(grouped):
+    source = grouped(4, 4, 2)
+    ordered = per_group(source, 2)
+    groups = [[row for row in range(10) if source[row].group == name] for name in ("g0", "g1", "g2")]
+    rows = [*groups[2], *groups[0]]  # whole groups, in an order of the subset's own
+    part = Subset(ordered, rows, "part")
+    for seed in range(3):
+        whole, left = (one.order(np.random.default_rng(seed)).tolist() for one in (ordered, part))
+        assert [rows[place] for place in left] == [row for row in whole if row in rows]
+        assert all(part[a].group == part[b].group for a, b in zip(left[::2], left[1::2], strict=True))
+    assert np.array_equal(
+        pickle.loads(pickle.dumps(part)).order(np.random.default_rng(0)), part.order(np.random.default_rng(0))
+    )
+
+    twice = Subset(ordered, [rows[0], rows[0]], "twice").order(np.random.default_rng(0)).tolist()
+    assert len(twice) % 2 == 0 and twice[:2] == [0, 1]  # a sample that is there twice is shown twice
+    assert Subset(source, rows, "plain").order is None
+
+
+def test_part_of_an_order_always_has_as_many_rows(grouped):
+    source = grouped(3, 3, 3, 3)
+    mined = hard_negatives(
+        source,
+        F.normalize(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), dim=-1),
+        neighbours=2,
+        count=2,
+    )
+    half = Subset(mined, range(6), "half")  # cuts through groups, so that what is left differs from epoch to epoch
+    left = [[row for row in mined.order(np.random.default_rng(seed)).tolist() if row < 6] for seed in range(20)]
+    shown = [half.order(np.random.default_rng(seed)).tolist() for seed in range(20)]
+    count = len(left[0])
+    assert len({*map(len, left)}) > 1 and {*map(len, shown)} == {count}
+    assert all((rows * 9)[:count] == found for rows, found in zip(left, shown, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrap", [Prompted, lambda source: ShuffledTexts(source, 0.5), lambda source: WithTexts(source, [()] * 4)]
+)
+def test_other_texts_leave_the_order_as_it_is(grouped, wrap):
+    ordered = per_group(grouped(2, 2), 2)
+    assert wrap(ordered).order is ordered.order

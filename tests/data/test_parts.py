@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from diptych.data.parts import Prompted, by_class, by_domain, one_against_others, prompt, slices
+from diptych.data.parts import Prompted, by_class, by_domain, one_against_others, one_domain, prompt, slices
 from diptych.data.sources import Listed
 from diptych.errors import ConfigError, DataError
 
@@ -68,6 +68,9 @@ def test_one_domain_against_others(drawings):
     one, others = one_against_others(source, "b")
     assert [s.key for s in one] == ["s1", "s4", "s7"] and {s.domain for s in others} == {"a", "c"} and len(others) == 6
     assert {s.domain for s in one_against_others(source, "b", ("c",))[1]} == {"c"}
+    assert [s.key for s in one_domain(source, "c")] == ["s2", "s5", "s8"]
+    with pytest.raises(ConfigError, match=r"drawings has no domain 'd'.*Known: a, b, c"):
+        one_domain(source, "d")
 
 
 @pytest.mark.parametrize(("one", "others"), [("x", ()), ("a", ("a",)), ("a", ("b", "x"))])

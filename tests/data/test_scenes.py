@@ -435,3 +435,12 @@ def test_pairs_that_leave_no_scene_are_an_error_and_no_endless_loop():
     source = scenes("train", count=1, config=SceneConfig(things=(2, 2), held_out=1.0))
     with pytest.raises(ConfigError, match=r"No scene for train was found in 10,000 draws"):
         source.plan(0)
+
+
+def test_the_ground_of_a_scene_shows_nothing_else(rich):
+    for i in range(5):
+        scene, ground = rich[i], rich.ground(i)
+        assert [text.text for text in ground.texts] == ["background"] and not ground.regions and not ground.mask.any()
+        bare = scene.mask == 0
+        rough = np.abs(ground.image.astype(int) - scene.image)[bare]  # soft edges of things lie outside their masks
+        assert (rough == 0).mean() > 0.8 and ground.key != scene.key and ground.group == "background"

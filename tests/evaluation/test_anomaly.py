@@ -9,6 +9,7 @@ from diptych.data.transforms import ImagePolicy
 from diptych.errors import EvaluationError
 from diptych.evaluation.anomaly import (
     AnomalyMaps,
+    Found,
     aupro,
     class_means,
     detect,
@@ -18,6 +19,7 @@ from diptych.evaluation.anomaly import (
     measure_found,
     pixel_auroc,
     resample,
+    within_faulty,
 )
 from diptych.evaluation.stats import RESAMPLES
 from diptych.types import Batch, Sample
@@ -230,3 +232,17 @@ def test_values_at_chance():
     maps, masks = drawn(6)
     found = measure_anomaly(torch.rand(6), maps, masks)
     assert [found.chance(name) for name in found.headline()] == [0.5, 4 / 6, 0.5, 0.15]
+
+
+def test_within_faulty_images_only_the_place_counts():
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[0, 0] = True
+    flat, right = torch.ones(4, 4), mask.float()
+    none, other = torch.zeros_like(mask), ~mask
+    maps, masks = (
+        (flat, 0 * flat, right),
+        (mask, none, mask),
+    )  # the first knows that there is a fault, the last also where
+    found = Found((0, 1, 2), ("a", "a", "b"), torch.zeros(3), maps, masks, ())
+    assert within_faulty(found, "a") == 0.5 and within_faulty(found, "b") == 1.0
+    assert within_faulty(Found((0,), ("a",), torch.zeros(1), (right,), (other,), ()), "a") == 0.0

@@ -14,27 +14,23 @@ from torch.nn import functional as F
 from diptych.claims.claim import Trial
 from diptych.claims.reproduce import check
 from diptych.errors import ConfigError
+from diptych.evaluation.zeroshot import anchors_of, mean_anchor
 from diptych.methods import anovl, load_method
 from diptych.methods.anovl import (
     Adapter,
     Config,
     Detector,
     NoiseAdapter,
-    Seen,
     adapt,
     adaptation_loss,
-    anchors_of,
     anomaly_map,
     claim,
     cosines,
-    mean_anchor,
-    merged,
     prompts,
-    see,
     templates,
 )
-from diptych.models.dense import local_output
-from diptych.models.tiles import Tiles
+from diptych.models.dense import EmbeddedPatches, embedded_patches, local_output
+from diptych.models.tiles import Tiles, upsampled
 from diptych.models.weights import convert, load
 from diptych.types import Batch
 
@@ -128,7 +124,7 @@ def test_the_official_adaptation_of_two_images(golden):
         losses = []
         for step, noise in enumerate(case["noise"].flatten(2, 3)):
             losses += adapt(
-                adapter, optimizer, case["tokens"], [noise], lambda p: merged(cosines(p, anchors), grid, tiles)
+                adapter, optimizer, case["tokens"], [noise], lambda p: upsampled(cosines(p, anchors), grid, tiles)
             )
             torch.testing.assert_close(adapter.linear.weight.grad, case["weight_grad"][step], **EXACT)
             torch.testing.assert_close(adapter.linear.weight.detach(), case["weight_after"][step], **EXACT)
@@ -167,7 +163,9 @@ def test_maps_are_smoothed_then_resized_between_the_corners():
 
 def fixed(patches: torch.Tensor, grid: tuple[int, int]):
     """Return a tower that sees the same patches whatever it looks at."""
-    return lambda images: Seen(patches.expand(len(images), -1, -1), patches.mean(1).expand(len(images), -1), grid)
+    return lambda images: EmbeddedPatches(
+        patches.expand(len(images), -1, -1), patches.mean(1).expand(len(images), -1), grid
+    )
 
 
 def test_swapped_anchors_turn_maps_round():
@@ -185,7 +183,9 @@ def test_adaptation_lowers_the_loss_and_depends_on_nothing_but_the_image(make_mo
 
     def told(steps: int, **changes) -> Detector:  # those of a random text tower hardly differ
         anchors = F.normalize(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-        return Detector(lambda x: see(model, x, "local"), anchors, Config(steps=steps, lr=0.05, **changes), 1.0)
+        return Detector(
+            lambda x: embedded_patches(model, x, "local"), anchors, Config(steps=steps, lr=0.05, **changes), 1.0
+        )
 
     detector = told(5)
     both, second = detector(batch(images)), detector(batch(images[1:]))
@@ -195,7 +195,7 @@ def test_adaptation_lowers_the_loss_and_depends_on_nothing_but_the_image(make_mo
     torch.testing.assert_close(both.scores, plain.scores)  # the pooled vector is not adapted
     carried = told(5, carry_optimizer_state=True)
     assert not torch.equal(carried(batch(images)).maps[1], second.maps[0])
-    anchors, patches = detector.anchors, see(model, images[:1], "local").patches
+    anchors, patches = detector.anchors, embedded_patches(model, images[:1], "local").patches
     adapter = NoiseAdapter(8, 0.5)
     adapter.reset(torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
@@ -204,7 +204,7 @@ def test_adaptation_lowers_the_loss_and_depends_on_nothing_but_the_image(make_mo
         optimizer,
         patches,
         [torch.zeros_like(patches)] * 20,
-        lambda p: merged(cosines(p, anchors), (2, 2), Tiles(16, 16)),
+        lambda p: upsampled(cosines(p, anchors), (2, 2), Tiles(16, 16)),
     )
     assert losses[-1] < losses[0]
 
@@ -230,8 +230,8 @@ def test_ordinary_tokens_are_those_of_the_tower(make_model):
         own = cosines(patches, anchors_of(model, *prompts(Config(product="pear")))).softmax(-1)[..., 1]
         expected = torch.stack([anomaly_map(q[None], (2, 2), Tiles(16, 16)) for q in own])
     torch.testing.assert_close(found.maps, expected)
-    local = see(model, images, "local")
-    torch.testing.assert_close(local.pooled, see(model, images, "ordinary").pooled)
+    local = embedded_patches(model, images, "local")
+    torch.testing.assert_close(local.pooled, embedded_patches(model, images, "ordinary").pooled)
     assert not torch.allclose(local.patches, patches)
     with torch.no_grad():
         torch.testing.assert_close(

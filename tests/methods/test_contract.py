@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
 
@@ -16,6 +17,8 @@ from diptych.data.loader import Loader
 from diptych.data.sources import Listed
 from diptych.methods import METHODS, load_method
 from diptych.models.checkpoint import load_model, save_model
+from diptych.models.pgd import PGDConfig
+from diptych.training.hardening import harden
 from diptych.training.optim import make_optimizer, set_learning_rate
 from diptych.training.prepare import make_model
 from diptych.training.recipe import Recipe
@@ -110,6 +113,17 @@ def test_the_loss_does_not_need_the_pixels(objective, batch):
     objective.eval()
     encoded = objective.encode(batch)
     assert objective.loss(encoded, replace(batch, images=())).total == objective.loss(encoded, batch).total
+
+
+def test_every_objective_can_be_hardened_and_is_as_before(objective, batch):
+    state = {name: value.clone() for name, value in objective.state_dict().items()}
+    generator = torch.get_rng_state()
+    made = harden(objective, batch, PGDConfig(8.0, 1, 1.0), nullcontext(), seed="0")
+    for view, clean in zip(made.images, batch.images, strict=True):
+        assert ((view - clean / 255).abs() <= 8 / 255 + 1e-6).all() and not torch.equal(view, clean / 255)
+    assert all(torch.equal(value, state[name]) for name, value in objective.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(p.grad is None for p in objective.parameters())
 
 
 def test_the_order_of_samples_does_not_matter(objective, batch):

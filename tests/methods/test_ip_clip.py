@@ -17,6 +17,7 @@ from diptych.claims import domains
 from diptych.claims.claim import Trial
 from diptych.claims.domains import DOMAINS
 from diptych.claims.reproduce import check
+from diptych.data.image_changes import restyled, watermarked
 from diptych.data.loader import Loader, LoaderConfig
 from diptych.data.parts import by_domain
 from diptych.data.sources import AbstractSource, Listed, Subset
@@ -31,23 +32,19 @@ from diptych.methods.ip_clip import (
     Lesson,
     Logits,
     Predictor,
-    Projector,
-    Prompted,
     Weights,
     claim,
     column_entropy,
     learn,
     prompt_divergence,
-    prompted,
     protection_terms,
     read_predictor,
-    restyled,
-    watermarked,
     weighed,
 )
 from diptych.models.bank import fill_bank
 from diptych.models.seen import Labelled, Seen, labels_of, see, shown
 from diptych.models.statistics import layer_statistics
+from diptych.models.style_prompts import Projector, Prompted, prompted
 from diptych.models.text import AbstractTextTower, with_context
 from diptych.types import Batch, Tokens, TowerOutput, map_tensors
 
@@ -204,7 +201,7 @@ def test_official_prompts_banks_and_views(official):
         assert_allclose(said.texts.detach(), numbers[f"text_{name}"], **CLOSE)
     assert_allclose(lesson.interaction(own.seen.embedding, lesson.bank), numbers["self_enhanced"], **CLOSE)
     assert_allclose(lesson.interaction(own.seen.embedding, lesson.other_bank), numbers["cross_domain"], **CLOSE)
-    said = prompted(lesson.model, lesson.names, projector, images.seen)
+    said = prompted(lesson.model, lesson.names, projector, images.seen.statistics, "fp32")
     logits = said.logits(images.seen.embedding, lesson.model.scale).detach()
     assert_allclose(logits, numbers["bank_logits"], **CLOSE)
     for name, rows, labels in (("a", slice(0, 12), images.label[:12]), ("u", slice(12, 24), None)):
@@ -239,13 +236,6 @@ def test_official_steps(official, preset):
     elif f"grad_{preset}" in numbers:
         losses.total.backward()
         assert_allclose(flat(projector, numbers, gradient=True), numbers[f"grad_{preset}"], rtol=1e-7, atol=1e-11)
-
-
-@pytest.mark.parametrize("case", ["watermark", "watermark_random"])
-def test_official_mark(golden, case):
-    numbers = golden("ip_clip", case)
-    image = torch.from_numpy(numbers["image"]).permute(2, 0, 1)
-    assert torch.equal(watermarked(image).permute(1, 2, 0), torch.from_numpy(numbers["marked"]))
 
 
 # --- closed forms ---
@@ -325,45 +315,6 @@ def test_weights_are_summed_in_sight():
         and Weights().protects
         and weighed({"authorised": torch.tensor(3.0)}, SUPERVISED).total == 3
     )
-
-
-def test_prompts_do_not_depend_on_where_things_are():
-    layers = [torch.randn(2, 197, width, generator=torch.Generator().manual_seed(width)) for width in (4, 6)]
-    projector = Projector([4, 6], 8, Config())
-    order = torch.randperm(197, generator=torch.Generator().manual_seed(0))
-    plain, moved = (projector(layer_statistics(each)) for each in (layers, [layer[:, order] for layer in layers]))
-    torch.testing.assert_close(plain, moved, rtol=1e-4, atol=1e-5)
-    assert plain.vectors.shape == (2, projector.slots, 8) and projector.slots == 2 * 2 + 4
-    assert torch.equal(plain.vectors[:, :2], plain.domain) and torch.equal(plain.vectors[:, 2:4], plain.domain)
-    assert all(torch.equal(plain.vectors[:, 4], plain.vectors[:, slot]) for slot in range(5, 8))
-
-
-def test_without_style_all_images_have_equal_style_vectors():
-    layers = [torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))]
-    projector = Projector([4], 8, Config())
-    found = ip_clip.without_style(projector)(layer_statistics(layers))
-    assert not found.domain.any() and torch.equal(
-        found.vectors[:, 2:], projector(layer_statistics(layers)).vectors[:, 2:]
-    )
-    assert projector.style_out[0].weight.any()  # the original stays
-
-
-def test_the_mark_of_a_black_image():
-    marked = watermarked(torch.zeros(2, 3, 8, 6, dtype=torch.uint8))
-    assert marked.float().mean() == 191.25 and marked[0, 0, 1].tolist() == [255, 0, 255, 0, 255, 0]
-
-
-def test_new_styles_follow_from_the_seed_and_leave_random_numbers_alone():
-    images = [
-        torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(row)).byte() for row in range(3)
-    ]
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    first, again, other, view = ([*restyled(images, **settings)] for settings in ({}, {}, {"seed": 1}, {"view": 1}))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(map(torch.equal, first, again))
-    assert not all(map(torch.equal, first, other)) and not all(map(torch.equal, first, view))
-    assert all(map(torch.equal, images, restyled(images, ops=0)))
 
 
 # --- learning ---

@@ -14,10 +14,11 @@ from diptych.claims.claim import Trial
 from diptych.claims.reproduce import check
 from diptych.claims.train import train_quietly
 from diptych.curate.metadata import build_metadata
+from diptych.curate.reasons import kept_rows
 from diptych.data.sources import AbstractSource, Listed, Subset
 from diptych.errors import ColumnError, ConfigError, DataError
 from diptych.methods import load_method, metaclip
-from diptych.methods.metaclip import Config, Curator, claim, curated, kept_rows, mini, shown
+from diptych.methods.metaclip import Config, Curator, claim, curated, mini, row_chances, shown
 from diptych.training.recipe import Recipe
 from diptych.types import Sample, Text
 
@@ -41,14 +42,14 @@ class TestTable:
         chance, reason = found["chance"].to_numpy(), found["reason"].to_pylist()
         photo, cat = 10 / 93, 10 / 31
         assert_allclose(chance[[0, 60, 90, 93, 94, 95]], [photo, 1 - (1 - photo) * (1 - cat), 1, 0, 0, 1])
-        assert reason[90:] == ["kept"] * 3 + ["no entry", "no text", "kept"]
-        assert set(reason[:90]) == {"kept", "entries over the threshold"}
+        assert reason[90:] == [None] * 3 + ["no entry", "no text", None]
+        assert set(reason[:90]) == {None, "entries over the threshold"}
         assert found.drop_columns(["chance", "reason"]) == table()
-        assert kept_rows(found).num_rows == sum(one == "kept" for one in reason)
+        assert kept_rows(found).num_rows == reason.count(None)
 
     def test_without_a_threshold_everything_with_an_entry_is_kept(self):
         found = Curator(METADATA, Config(threshold=math.inf)).curate(table())
-        assert Counter(found["reason"].to_pylist()) == {"kept": 94, "no entry": 1, "no text": 1}
+        assert Counter(found["reason"].to_pylist()) == {None: 94, "no entry": 1, "no text": 1}
 
     def test_order_and_the_rest_of_the_row_change_nothing(self):
         once = by_key(Curator(METADATA, Config(threshold=10)).curate(table()))
@@ -57,9 +58,22 @@ class TestTable:
         assert by_key(Curator(METADATA, Config(threshold=10)).curate(turned)) == once
         assert by_key(Curator(METADATA, Config(threshold=10, seed=1)).curate(table())) != once
 
-    def test_a_second_time_replaces_the_columns(self):
+    def test_rows_with_a_reason_pass_through_and_are_not_counted(self):
+        earlier = ["too short" if i % 2 else None for i in range(len(CAPTIONS))]
         curator = Curator(METADATA, Config(threshold=10))
-        assert curator.curate(curator.curate(table())) == curator.curate(table())
+        found = curator.curate(table(reason=pa.array(earlier, pa.string())))
+        assert curator.counts["en"].tolist() == [15, 0, 47, 2, 0]  # photo 30 + 15 + 2; the last row is gone
+        rest = Curator(METADATA, Config(threshold=10)).curate(table().filter(pa.array([not one for one in earlier])))
+        assert by_key(kept_rows(found), "chance").items() <= by_key(rest, "chance").items()
+        assert by_key(found) == by_key(rest) | {f"k{i}": "too short" for i, one in enumerate(earlier) if one}
+        assert found["chance"].to_pylist()[1::2] == [0] * (len(CAPTIONS) // 2)
+
+    def test_a_second_time_drops_nothing_more_and_forgets_no_chance(self):
+        once = Curator(METADATA, Config(threshold=10)).curate(table())
+        twice = Curator(METADATA, Config(threshold=10)).curate(once)
+        assert by_key(twice) == by_key(once)  # chances of what is left are higher, and each row has the same draw
+        gone = pa.array([reason is not None for reason in once["reason"].to_pylist()])
+        assert twice.filter(gone) == once.filter(gone)
 
     def test_share_and_size_give_the_threshold(self):
         by_share = Curator(METADATA, replace(mini(), tail_share=0.03))
@@ -99,15 +113,11 @@ class TestSeveralTexts:
         assert_allclose(chance[5:], 1 - (1 - photo) ** 3)
         assert reasons[2:5] == ["no text", "no text", "no entry"]
         assert "a quokka" in texts[0] and texts[4] == ["xyz"]
-        for text, reason in zip(texts[5:], reasons[5:], strict=True):
-            assert (reason, len(text)) in [
-                ("entries over the threshold", 3),
-                ("kept 1 of 3 texts", 1),
-                ("kept 2 of 3 texts", 2),
-                ("kept", 3),
-            ]
-        stay = Counter(reasons[5:])
-        assert 8 < sum(n for reason, n in stay.items() if reason.startswith("kept")) < 32  # 19.3 expected
+        number = Counter(len(text) for text, reason in zip(texts[5:], reasons[5:], strict=True) if reason is None)
+        assert 8 < number.total() < 32 and number[1] > number[2] + number[3]  # 19.3 expected, 18.7 with one text each
+        dropped = [text for text, reason in zip(texts[5:], reasons[5:], strict=True) if reason is not None]
+        assert dropped == [["a photo"] * 3] * (200 - number.total())  # to be looked at
+        assert set(reasons[5:]) == {None, "entries over the threshold"}
 
     def test_an_image_draws_one_text_first(self):
         found = self.found("image")
@@ -115,9 +125,20 @@ class TestSeveralTexts:
         photo = 20 / 603
         assert_allclose(chance[:5], [(photo + 1) / 2, photo, 0, 0, 0])
         assert found["caption"].to_pylist() == self.ROWS.to_pylist()
-        kept = self.found("image", 200.0)["reason"].to_pylist().count("kept")
+        kept = self.found("image", 200.0)["reason"].to_pylist().count(None)
         assert 40 < kept < 95  # 200 * 200 / 603 = 66 expected
-        assert set(reasons[5:]) <= {"kept", "entries over the threshold"}
+        assert set(reasons[5:]) <= {None, "entries over the threshold"}
+
+    def test_texts_of_rows_that_were_dropped_before_stay(self):
+        before = pa.array(["a reason"] * 5 + [None] * 200)
+        found = Curator(METADATA, Config(threshold=20)).curate(table(self.ROWS, reason=before))
+        assert found["caption"].to_pylist()[0] == ["a photo", "a quokka"]
+        assert found["reason"].to_pylist()[:5] == ["a reason"] * 5
+
+    @pytest.mark.parametrize(("unit", "expected"), [("text", [0.75, 0, 0.2]), ("image", [0.5, 0, 0.2])])
+    def test_the_chance_of_a_row(self, unit, expected):
+        found = row_chances(np.array([0.5, 0.5, 0.2]), np.array([0, 0, 2]), 3, unit=unit)
+        assert_allclose(found, expected)
 
 
 class TestLanguages:
@@ -144,11 +165,20 @@ class TestLanguages:
         for given in ({"threshold": None, "tail_share": 0.5}, {"threshold": 2}):
             curator = Curator({**self.LISTS, "de": METADATA}, replace(self.CONFIG, **given))
             reasons = curator.curate(self.TABLE)["reason"].to_pylist()
-            assert not curator.counts["de"].any() and reasons[2:4] == ["kept"] * 2 and reasons[6] == "no entry"
+            assert not curator.counts["de"].any() and reasons[2:4] == [None] * 2 and reasons[6] == "no entry"
+
+    def test_one_list_is_for_its_own_language_where_languages_are_told(self):
+        for code in ("en", "ja"):
+            config = replace(self.CONFIG, anchor=code)
+            found = Curator(self.LISTS[code], config).curate(self.TABLE)
+            other = [one != code for one in self.TABLE["language"].to_pylist()]
+            assert [reason == "no word list for its language" for reason in found["reason"].to_pylist()] == other
 
     def test_what_is_needed(self):
         with pytest.raises(ConfigError, match="Word lists for en, ja need `language`"):
             Curator(self.LISTS, Config())
+        with pytest.raises(ConfigError, match="one word list; there are some for en, ja"):
+            Curator(self.LISTS, replace(self.CONFIG, threshold=None, size=3))
         with pytest.raises(ColumnError, match=r"no column 'language'\. Known: key, caption"):
             Curator(self.LISTS, self.CONFIG).curate(table())
 

@@ -1,6 +1,8 @@
 import json
 import math
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +246,14 @@ def test_every_arm_of_the_claim_runs(data):
         assert 0 <= value <= 1, arm.name
     assert len(trained) == 7 * 5 + 1
     assert len({(s.epochs, s.data, s.optimizer.lr, s.model) for s in trained}) == 1
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("resvg_py")
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "mod_x.py"))
+    example["main"](epochs=1)
+    said = capsys.readouterr().out
+    assert said.count("of the emoji that it found are still found.") == 2
+    assert (tmp_path / "runs/slices/Mod-X/trace.json").exists()

@@ -1,5 +1,7 @@
 import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,3 +205,13 @@ def test_the_claim_is_well_formed_and_its_control_can_fail():
     numbers = {"baseline": [0.1, 0.1, 0.1], "method": [0.5, 0.5, 0.5], "control": [0.2, 0.2, 0.2]}
     assert all(one.control.passed(numbers) for one in found)
     assert not any(one.control.passed(numbers | {"control": [0.4, 0.4, 0.4]}) for one in found)
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "vr_lwf.py"))
+    example["main"](epochs=1)
+    said = capsys.readouterr().out
+    assert said.count("of the colours are still named rightly.") == 2
+    assert (tmp_path / "runs/names/VR-LwF/trace.json").exists()

@@ -1,7 +1,10 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
-from diptych.models.tiles import Tiles
+from diptych.errors import ConfigError
+from diptych.models.tiles import Tiles, Windows, upsampled
 
 
 def test_a_square_is_one_tile():
@@ -31,3 +34,30 @@ def test_the_official_tiles(golden):
     tiles = Tiles(*case["image"].shape[-2:])
     assert torch.equal(tiles.cut(case["image"][0]), case["tiles"])
     torch.testing.assert_close(tiles.merge(case["tile_maps"]), case["merged"][0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("height", "width", "stride"), [(6, 6, 6), (6, 13, 4), (17, 9, 5), (12, 12, 6)])
+def test_windows_cover_everything_and_come_together_again(height, width, stride):
+    windows, image = Windows(height, width, 6, stride), torch.rand(2, height, width)
+    torch.testing.assert_close(windows.merge(windows.cut(image)), image)
+    rows = sorted({y for y, _ in windows.corners})
+    assert rows[0] == 0 and rows[-1] == height - 6 and all(0 < b - a <= stride for a, b in pairwise(rows))
+    assert list(windows.corners) == sorted(windows.corners)
+
+
+def test_one_window_is_the_image():
+    windows, image = Windows(6, 6, 6, 3), torch.rand(3, 6, 6)
+    assert windows.corners == ((0, 0),) and torch.equal(windows.merge(windows.cut(image)), image)
+
+
+@pytest.mark.parametrize(("side", "stride"), [(7, 3), (4, 5), (4, 0)])
+def test_windows_that_do_not_fit(side, stride):
+    with pytest.raises(ConfigError, match="0 < stride <= side"):
+        Windows(6, 9, side, stride)
+
+
+def test_values_of_patches_are_spread_from_corner_to_corner():
+    values = torch.tensor([[[0.0], [2.0], [4.0], [6.0]]])  # 2 x 2 patches of one tile of 3 x 3 pixels
+    assert upsampled(values, (2, 2), Tiles(3, 3)).tolist() == [[[0.0, 1.0, 2.0], [2.0, 3.0, 4.0], [4.0, 5.0, 6.0]]]
+    wide = upsampled(torch.tensor([[[1.0]], [[3.0]]]), (1, 1), Tiles(2, 3))  # two tiles that share a column
+    assert wide.tolist() == [[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]]

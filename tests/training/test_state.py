@@ -1,3 +1,4 @@
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -186,6 +187,19 @@ def test_a_checkpoint_of_other_batches_is_refused(make_state, drawings, tmp_path
     ):
         restore(replace(state, loader=smaller), tmp_path)
     assert_same(state.tensors(), before)
+
+
+def test_a_checkpoint_of_an_older_version_is_named(make_state, tmp_path):
+    state = make_state()
+    save(state, tmp_path, 3)
+    path = tmp_path / "checkpoint" / "training.json"
+    record = json.loads(path.read_text())
+    del record["batch"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(
+        CheckpointError, match=r"training.json does not say batch: an older version .* Its model can be used"
+    ):
+        restore(state, tmp_path)
 
 
 def test_a_checkpoint_of_a_machine_with_a_gpu_can_be_resumed_without(make_state, tmp_path):

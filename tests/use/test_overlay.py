@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from diptych.use.overlay import HEAT, MARK, heat_colours, heat_overlay, outlined
+from diptych.use.overlay import HEAT, MARK, class_colours, class_overlay, heat_colours, heat_overlay, outlined
 
 
 def test_colours_go_from_first_to_last_and_stop_there():
@@ -34,3 +34,17 @@ def test_the_line_runs_just_outside_the_mask():
     expected[0:3, 1:5] = True
     assert (marked == (expected & ~mask)).all()
     assert not np.asarray(outlined(Image.new("RGB", (6, 6)), np.zeros((6, 6), dtype=bool))).any()
+
+
+def test_classes_have_colours_of_their_own():
+    colours = class_colours(40)
+    assert colours.shape == (40, 3) and class_colours(0).shape == (0, 3)
+    assert (class_colours(12) == colours[:12]).all()  # more classes change none
+    apart = np.abs(colours[:12, None].astype(int) - colours[None, :12]).sum(-1)
+    assert apart[~np.eye(12, dtype=bool)].min() > 40
+
+
+def test_classes_lie_over_the_picture_and_leave_out_what_is_none():
+    image = Image.new("RGB", (3, 1), (100, 100, 100))
+    found = class_overlay(image, np.array([[0, 1, -1]]), np.array([[200, 0, 0], [0, 50, 0]], np.uint8), strength=0.5)
+    assert np.asarray(found).tolist() == [[[150, 50, 50], [50, 75, 50], [100, 100, 100]]]

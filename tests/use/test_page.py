@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diptych.types import Interval
-from diptych.use.page import Line, facts, interval_table, line_chart, page, thumbnail, ticks, words
+from diptych.use.page import Line, difference_table, facts, interval_table, line_chart, page, thumbnail, ticks, words
 
 EVIL = "<script>alert(1)</script> & \"x\" 'y'"
 VOID = {"meta", "img", "br", "rect", "line", "circle", "polyline"}
@@ -49,6 +49,9 @@ def test_a_page_needs_nothing_else():
         words(EVIL),
         facts([(EVIL, EVIL)]),
         interval_table([(EVIL, Interval(0.5, 0.4, 0.6), None)]),
+        difference_table(
+            [("a", Interval(0.5, 0.4, 0.6), None), (EVIL, Interval(0.4, 0.3, 0.5), Interval(-0.1, -0.2, 0.0))]
+        ),
         line_chart(EVIL, [Line(EVIL, ((0, 1), (1, 2))), Line("b", ((0, 1), (1, 2)))], x_name=EVIL),
         thumbnail(Image.new("RGB", (4, 4)), EVIL),
         page(EVIL, ""),
@@ -74,6 +77,19 @@ def test_thumbnail_is_the_picture_made_small_and_leaves_it_alone():
 def test_text_runs_in_its_own_direction():
     assert words("חתול") == '<span dir="auto">חתול</span>'
     assert '<td><span dir="auto">قطة</span></td>' in facts([("name", "قطة")])
+
+
+def test_differences_are_drawn_around_zero():
+    whole = ("whole", Interval(0.5, 0.4, 0.6), None)
+    html = difference_table(
+        [whole, ("a", whole[1], Interval(-0.2, -0.4, 0.0)), ("b", whole[1], Interval(0.1, 0.05, 0.15))]
+    )
+    assert html.count("<svg") == 2 and '<line x1="6.0" x2="100.0"' in html  # the longest reach takes 94 of 100
+    assert '<circle cx="53.0" cy="8" r="4" fill="var(--paper)"' in html  # an interval that ends at 0 holds it
+    assert '<circle cx="123.5" cy="8" r="4" fill="var(--right)"' in html
+    assert "<strong>+0.100</strong> <small>+0.050 to +0.150</small>" in html
+    assert "<svg" not in difference_table([whole])
+    assert '<circle cx="100.0"' in difference_table([whole, ("same", whole[1], Interval(0.0, 0.0, 0.0))])
 
 
 def test_bars_show_value_and_interval():

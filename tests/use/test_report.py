@@ -5,7 +5,7 @@ from PIL import Image
 
 from diptych.types import Interval
 from diptych.use.gallery import Candidate, Card
-from diptych.use.report import RunSummary, curves, render_report, write_report
+from diptych.use.report import Comparison, RunSummary, curves, render_report, write_report
 
 EVIL = "<script>alert(1)</script>"
 ROWS = [
@@ -44,6 +44,13 @@ def test_sections_without_content_are_left_out():
     html = render_report(RunSummary("t", "l", [], []))
     assert "Image to text" not in html and "Text to image" not in html and "Notes" not in html
     assert "<svg" not in html and "None" not in html
+
+
+def test_a_comparison_has_its_section():
+    rows = [("whole", Interval(0.5, 0.4, 0.6), None), (EVIL, Interval(0.3, 0.2, 0.4), Interval(-0.2, -0.25, -0.15))]
+    html = render_report(summary(comparison=Comparison(EVIL, EVIL, rows)))
+    assert "<script" not in html and "<h2>&lt;script&gt;alert(1)&lt;/script&gt;</h2><p class='lead'>&lt;script" in html
+    assert "<td>whole</td>" in html and "<strong>-0.200</strong> <small>-0.250 to -0.150</small>" in html
 
 
 def test_curves_follow_the_rows():

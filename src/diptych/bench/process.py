@@ -17,6 +17,7 @@ import torch
 
 from diptych.bench.turns import Contender, Turn
 from diptych.errors import DiptychError
+from diptych.threads import thread_settings
 
 
 class Child:
@@ -169,6 +170,6 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a child: threads that sleep while they wait, as many as here."""
-    threads = str(torch.get_num_threads())
-    return os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    """Return the environment of a child: as many threads as here, and they wait for one another as the command line's do."""
+    threads = torch.get_num_threads()
+    return os.environ | thread_settings(threads) | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

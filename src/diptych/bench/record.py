@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diptych.config import from_json, to_json
-from diptych.errors import ConfigError
+from diptych.config import from_json, read_json, to_json
 from diptych.files import atomic_file, replace_between
 
 
@@ -125,11 +124,7 @@ def read_record(path: Path) -> Record:
     Raises:
         ConfigError: If the file cannot be read, or was written by another version.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}. Run `diptych bench {path.stem}` again.") from error
-    return from_json(Record, content, where=path.name)
+    return from_json(Record, read_json(path, f"Run `diptych bench {path.stem}` again."), where=path.name)
 
 
 def markdown(record: Record) -> str:

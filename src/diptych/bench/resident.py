@@ -10,3 +10,8 @@ def resident(which: str, process: int | str = "self") -> float:
     """
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
+
+
+def forget_peak() -> None:
+    """Let the largest size so far (`VmHWM`) of this process begin anew at its present size."""
+    Path("/proc/self/clear_refs").write_text("5")

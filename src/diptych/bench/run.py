@@ -14,7 +14,7 @@ from diptych.bench.process import Anchors
 from diptych.bench.record import Record, markdown, plot_link, update_page, write_record
 from diptych.errors import DiptychError
 
-Area = Literal["train", "loss", "cached", "data", "embed", "evaluate", "search", "startup"]
+Area = Literal["train", "loss", "cached", "data", "embed", "evaluate", "search", "curate", "startup"]
 AREAS: tuple[Area, ...] = get_args(Area)
 """Each is a module here with a `Setting`, its `QUICK` and `measure`."""
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diptych.claims.verdict import Verdict
-from diptych.config import from_json
-from diptych.errors import ConfigError
+from diptych.config import from_json, read_json
 from diptych.files import atomic_file, replace_between
 from diptych.types import Interval
 
@@ -138,12 +137,14 @@ def read_results(path: Path) -> tuple[Result, ...]:
     Raises:
         ConfigError: If the file cannot be read, or was written by another version.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}. Run `diptych reproduce` again.") from error
+    content = read_json(path, "Run `diptych reproduce` again.")
     records = content if isinstance(content, list) else [content]
     return tuple(from_json(Result, record, where=f"{path}[{i}]") for i, record in enumerate(records))
+
+
+def read_all(folder: Path) -> tuple[Result, ...]:
+    """Return the results of every file in a folder, in the order of their names."""
+    return tuple(result for path in sorted(folder.glob("*.json")) for result in read_results(path))
 
 
 def state_of(results: Sequence[Result]) -> Literal["works", "reproduced", "not reproduced"]:
@@ -156,11 +157,9 @@ def state_of(results: Sequence[Result]) -> Literal["works", "reproduced", "not r
 
 def table(folder: Path) -> str:
     """Return the ledger in Markdown: a row per claim of every file in a folder of results."""
-    results = [result for path in sorted(folder.glob("*.json")) for result in read_results(path)]
-    if not results:
-        return "No claim has been run yet."
-    return "\n".join(
-        _line(cells) for cells in (_HEAD, ["---"] * len(_HEAD), *(_row(result, folder) for result in results))
+    results = read_all(folder)
+    return (
+        markdown_table(_HEAD, [_row(result, folder) for result in results]) if results else "No claim has been run yet."
     )
 
 
@@ -191,5 +190,11 @@ def _row(result: Result, folder: Path) -> list[str]:
     ]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in cells)} |"
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; cells may hold any text."""
+    lines = (head, ["---"] * len(head), *rows)
+    return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "&#124;").split())

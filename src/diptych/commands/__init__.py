@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diptych.commands.adapting import adapt as adapt
+    from diptych.commands.attacking import attack as attack
     from diptych.commands.benching import bench as bench
     from diptych.commands.curating import curate as curate
     from diptych.commands.curating import rewrite as rewrite
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from diptych.commands.linking import link as link
     from diptych.commands.probing import probe as probe
     from diptych.commands.reproducing import reproduce as reproduce
+    from diptych.commands.segmenting import segment as segment
     from diptych.commands.training import TrainedRun as TrainedRun
     from diptych.commands.training import demo as demo
     from diptych.commands.training import doctor as doctor
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from diptych.commands.using import search as search
 
 _HOME = {
+    "adapting": ("adapt",),
+    "attacking": ("attack",),
     "benching": ("bench",),
     "curating": ("curate", "rewrite"),
     "evaluating": ("evaluate",),
@@ -33,6 +38,7 @@ _HOME = {
     "linking": ("cluster", "link"),
     "probing": ("probe",),
     "reproducing": ("reproduce",),
+    "segmenting": ("segment",),
     "training": ("TrainedRun", "demo", "doctor", "read_recipe", "train"),
     "using": ("convert", "embed", "search"),
 }

@@ -72,11 +72,11 @@ def rewrite(
     columns: Columns = Columns(),
     offline: bool = False,
 ) -> Path:
-    """Rewrite captions with a language model, each with a reason why it was kept or not; the same command goes on where it was stopped.
+    """Rewrite captions with a language model, each rewrite with a verdict why it was kept or not; the same command goes on where it was stopped.
 
     Args:
         source: Samples with captions.
-        out: A .parquet or .jsonl file, with the columns of the source and the columns `rewrite` and `reason`.
+        out: A .parquet or .jsonl file, with the columns of the source and `rewrite`, `verdict` and `reason`, null unless a row has no caption.
         rewriting: What is rewritten, and how.
         model: Language model; SmolLM2-135M-Instruct from its pip package (extra `llm`) unless said otherwise.
         rules: Rewrite by rules instead, without a language model; styles are then `framed`, `reordered` and `both`.

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -11,12 +11,16 @@ from diptych.commands.records import write_json
 from diptych.commands.terminal import chosen, progress, say
 from diptych.data.bundles import prompts_of
 from diptych.data.sources import Columns, open_source
+from diptych.errors import ConfigError
 from diptych.evaluation.languages import evaluate_languages
+from diptych.evaluation.robustness import Audit, RobustnessConfig, audit
 from diptych.evaluation.run import Evaluation, Task, compare, evaluate_model
+from diptych.files import atomic_file
 from diptych.models.dual import DualEncoder
 from diptych.models.memory import TowerMemory, remembered
 from diptych.models.precision import Precision
 from diptych.models.weights import load
+from diptych.use.audit import audit_markdown, audit_page
 
 
 def evaluate(
@@ -24,11 +28,13 @@ def evaluate(
     *,
     model: str = "auto",
     against: str | None = None,
-    tasks: tuple[Task, ...] | None = None,
+    tasks: tuple[Task | Literal["robustness"], ...] | None = None,
     prompts: str | None = None,
     language: str | None = None,
     languages: tuple[str, ...] = (),
     probe_on: str | None = None,
+    robustness: RobustnessConfig = RobustnessConfig(),
+    card: Path | None = None,
     columns: Columns = Columns(),
     json_out: Annotated[str | None, arg(name="json")] = None,
     batch_size: int = 64,
@@ -42,11 +48,13 @@ def evaluate(
         source: Samples with captions (retrieval), labels (zero-shot classification), or both.
         model: Anything `diptych.load` takes; `auto` is lite0-minilm where its packages are installed, else mini.
         against: A second model, measured on the same samples; the paired differences (model minus against) are printed.
-        tasks: What to measure; whatever the samples allow when absent.
+        tasks: What to measure; retrieval and zero-shot as far as the samples allow when absent. `robustness` also measures them on changed images.
         prompts: Prompt file for zero-shot (photo, overhead, style, name); chosen by the data set when absent.
         language: Measure retrieval with texts of this language (ISO 639-1) instead of the captions.
         languages: Also print retrieval in each of these languages, `all` for all that the samples have.
         probe_on: Training samples for a linear probe and nearest neighbours on frozen image embeddings.
+        robustness: What is done to the images for the task `robustness`.
+        card: File for the audit card of the task `robustness`: .html with pictures, or .md.
         columns: What the columns of a table mean.
         json_out: File to write the numbers to as JSON; `-`, or no file, for the output.
         batch_size: Images per forward pass.
@@ -54,6 +62,12 @@ def evaluate(
         seed: Of the bootstrap.
         offline: Never touch the network.
     """
+    audited = "robustness" in (tasks or ())
+    if card is not None and (not audited or card.suffix not in (".html", ".md")):
+        raise ConfigError(
+            f"The card is an .html or .md file of --tasks robustness, not {card}. Name such a file, and that task."
+        )
+    measured = tuple(task for task in tasks or () if task != "robustness") or None
     samples = open_source(source, columns=columns)
     for sentence in samples.notes:
         say(sentence)
@@ -63,7 +77,7 @@ def evaluate(
         return evaluate_model(
             encoder,
             samples,
-            tasks=tasks,
+            tasks=measured,
             probe_source=None if probe_on is None else open_source(probe_on, columns=columns),
             prompts=prompts or prompts_of(samples.name),
             language=language,
@@ -84,6 +98,20 @@ def evaluate(
             encoder, samples, named, batch_size=batch_size, seed=seed, memory=memory, precision=precision
         )
     record = found.to_json()
+    if audited:
+        withstood = audit(
+            encoder,
+            samples,
+            robustness,
+            tasks=measured,
+            prompts=prompts or prompts_of(samples.name),
+            language=language,
+            batch_size=batch_size,
+            progress=progress,
+            name=model,
+        )
+        record["robustness"] = withstood.to_json()
+        _show_audit(withstood, card)
     if against is not None:
         differences = compare(measure(load(against, offline=offline), against), found, seed=seed)
         record["difference"] = {name: asdict(value) for name, value in differences.items()}
@@ -100,6 +128,16 @@ def evaluate(
     elif json_out is not None:
         write_json(Path(json_out), record)
     return found
+
+
+def _show_audit(found: Audit, card: Path | None) -> None:
+    """Say what an audit found, and write its card if one is asked for."""
+    for line in found.lines():
+        say(line)
+    if card is not None:
+        with atomic_file(card) as path:
+            path.write_text(audit_page(found) if card.suffix == ".html" else audit_markdown(found), encoding="utf-8")
+        say(f"The audit card is {card}.")
 
 
 def print_metrics(evaluation: Evaluation) -> None:

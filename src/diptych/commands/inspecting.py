@@ -15,7 +15,8 @@ from diptych.data.sources import AbstractSource, Columns, open_source
 from diptych.errors import DataError
 from diptych.evaluation.anomaly import Anomaly, Found, class_means, detect, measure_found
 from diptych.files import atomic_file, atomic_folder
-from diptych.methods.anovl import Adapter, Config, Detector, choose_tokens
+from diptych.methods.anovl import Adapter, Config, Detector
+from diptych.models.dense import choose_tokens
 from diptych.models.dual import DualEncoder
 from diptych.models.weights import load
 from diptych.types import Sample
@@ -52,7 +53,7 @@ def anomaly(
         say(note)
     model = chosen(model)
     encoder = load(model, offline=offline)
-    say(f"Patches are the {choose_tokens(encoder, detector)} ones of the image tower.")
+    say(f"Patches are the {choose_tokens(encoder, detector.tokens)} ones of the image tower.")
     found = _detect(encoder, source, detector)
     order = [int(place) for place in found.scores.argsort(descending=True)]
     keys = {place: source.without_image(found.rows[place]).key for place in order}

@@ -1,8 +1,7 @@
 """`link`, `cluster`: which records are one entity, from tables to tables."""
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +11,13 @@ from diptych.commands.terminal import chosen, progress, say
 from diptych.data.ocr import read_line, read_text
 from diptych.data.sources import AbstractSource, Columns, open_source
 from diptych.files import atomic_file
+from diptych.models.dual import DualEncoder
 from diptych.models.weights import load
 from diptych.use.gallery import Card, render
 from diptych.use.linkage import (
     Clustered,
     Linked,
+    Records,
     cluster_cards,
     cluster_records,
     embed_records,
@@ -62,8 +63,7 @@ def link(
         offline: Never touch the network.
     """
     encoder = load(chosen(model), offline=offline)
-    sources = tuple(_spoken(open_source(spec, columns=columns), ocr) for spec in (queries, references))
-    asked, known = (embed_records(encoder, source, progress=progress) for source in sources)
+    (asking, asked), (answering, known) = (_records(encoder, spec, columns, ocr) for spec in (queries, references))
     found = link_records(asked, known, threshold=threshold, image_weight=image_weight, seed=seed)
     kept = found.kept.tolist()
     _write(
@@ -81,12 +81,10 @@ def link(
         f"{sum(kept):,} of {len(asked):,} records are linked, {used}, image weight {found.image_weight}; they are in {out}."
     )
     if found.scores is not None and found.judged is not None:
-        say(f"On {len(found.judged):,} queries that chose nothing:")
-        for field in fields(found.scores):
-            say(f"  {field.name:32} {getattr(found.scores, field.name)}")
+        _say_all(f"On {len(found.judged):,} queries that chose nothing:", vars(found.scores))
     if html is not None:
         lead = "The links that are least sure: each record, then the nearest ones of the other list."
-        _write_page(html, "Links", lead, link_cards(found, asked, known, (sources[0], sources[1])))
+        _write_page(html, "Links", lead, link_cards(found, asked, known, (asking, answering)))
     return found
 
 
@@ -121,8 +119,7 @@ def cluster(
         offline: Never touch the network.
     """
     encoder = load(chosen(model), offline=offline)
-    samples = _spoken(open_source(source, columns=columns), ocr)
-    records = embed_records(encoder, samples, progress=progress)
+    samples, records = _records(encoder, source, columns, ocr)
     found = cluster_records(records, threshold=threshold, image_weight=image_weight, seed=seed)
     _write(
         out, ("key", "cluster", "text"), zip(records.keys, map(str, found.cluster.tolist()), records.texts, strict=True)
@@ -132,23 +129,34 @@ def cluster(
         f"{found.image_weight}; they are in {out}."
     )
     if found.metrics:
-        say("On entities that chose nothing:")
-        for name, value in found.metrics.items():
-            say(f"  {name:32} {value:.3f}")
+        _say_all("On entities that chose nothing:", {name: f"{value:.3f}" for name, value in found.metrics.items()})
     if html is not None:
         lead = "The largest clusters: one record, then up to ten others with their cosine to it."
         _write_page(html, "Clusters", lead, cluster_cards(found, records, samples))
     return found
 
 
-def _spoken(source: AbstractSource, ocr: Ocr) -> AbstractSource:
-    """Return the source; if it has no text at all, with the text that stands in its images."""
+def _records(model: DualEncoder, spec: str, columns: Columns, ocr: Ocr) -> tuple[AbstractSource, Records]:
+    """Return the samples of a source, and what a model makes of them."""
+    source = open_source(spec, columns=columns)
     for sentence in source.notes:
         say(sentence)
+    source = _spoken(source, ocr)
+    return source, embed_records(model, source, progress=progress)
+
+
+def _spoken(source: AbstractSource, ocr: Ocr) -> AbstractSource:
+    """Return the source; if it has no text at all, with the text that stands in its images."""
     if ocr == "off" or any(source.texts(row) for row in range(len(source))):
         return source
     say(f"{source.name} has no texts: reading them from {len(source):,} images.")
     return read_missing_texts(source, read_text if ocr == "page" else read_line)
+
+
+def _say_all(lead: str, numbers: Mapping[str, object]) -> None:
+    say(lead)
+    for name, value in numbers.items():
+        say(f"  {name:32} {value}")
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

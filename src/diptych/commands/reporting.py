@@ -21,7 +21,7 @@ from diptych.use.gallery import retrieval_cards
 from diptych.use.report import RunSummary, write_report
 
 
-def report_run(
+def summarise(
     folder: Path,
     recipe: Recipe[Any],
     training: AbstractSource,
@@ -30,8 +30,8 @@ def report_run(
     evaluation: Evaluation,
     findings: Sequence[Finding],
     curve: Curve | None = None,
-) -> None:
-    """Write the report of a run into its folder; of several processes the first one does.
+) -> RunSummary:
+    """Return what the report of a run shows.
 
     Args:
         folder: Run directory, with metrics.jsonl.
@@ -43,49 +43,58 @@ def report_run(
         findings: Of the doctor.
         curve: Of the guard, if there was one.
     """
-    if not distributed.is_first():
-        return
     forward, backward = retrieval_cards(evaluation.embedded, held) if evaluation.retrieval is not None else ([], [])
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds = evaluation.seconds
     rows = read_rows(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
-    data, compute = (sum(row[name] for row in steps) for name in ("seconds_data", "seconds_compute"))
-    facts = {
-        "What was trained on what": [
-            ("training samples", f"{len(training):,} ({training.name})"),
-            ("held-out samples, never trained on", f"{len(held):,} ({held.name})"),
-            ("method", f"{recipe.method}, model {recipe.model.start}"),
-            ("parameters", f"{parameters:,}, of which {trained:,} trained"),
-            ("images", f"{model.image_policy.size} pixels, {model.image_policy.resize}"),
-            ("epochs, batch, seed", f"{recipe.epochs}, {recipe.data.batch_size}, {recipe.seed}"),
-        ],
-        "Time": [
-            *((name, f"{value:.1f} s") for name, value in seconds.items()),
-            ("in steps", f"{compute:.1f} s computing, {data:.1f} s waiting for data"),
-            ("processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}"),
-        ],
-        "Versions": list(versions().items()),
-    }
     lead = (
-        f"{len(training):,} training samples, {recipe.epochs} epochs, {seconds['train']:.0f} s of training. "
+        f"{len(training):,} training samples, {recipe.epochs} epochs, {evaluation.seconds['train']:.0f} s of training. "
         f"All numbers are on {len(held):,} samples that were never trained on, with 95 % bootstrap intervals."
     )
-    write_report(
-        folder / "report.html",
-        RunSummary(
-            f"{training.name}: {recipe.method}",
-            lead,
-            [(name, value, evaluation.chance(name)) for name, value in evaluation.headline().items()],
-            rows,
-            forward,
-            backward,
-            facts,
-            [*(finding.sentence for finding in findings), *_skipped(steps), *evaluation.notes],
-            curve,
-        ),
+    return RunSummary(
+        f"{training.name}: {recipe.method}",
+        lead,
+        [(name, value, evaluation.chance(name)) for name, value in evaluation.headline().items()],
+        rows,
+        forward,
+        backward,
+        {
+            "What was trained on what": _what(recipe, training, held, model),
+            "Time": _time(evaluation.seconds, steps),
+            "Versions": list(versions().items()),
+        },
+        [*(finding.sentence for finding in findings), *_skipped(steps), *evaluation.notes],
+        curve,
     )
+
+
+def report(folder: Path, summary: RunSummary) -> None:
+    """Write the report of a run into its folder; of several processes the first one does."""
+    if distributed.is_first():
+        write_report(folder / "report.html", summary)
+
+
+def _what(
+    recipe: Recipe[Any], training: AbstractSource, held: AbstractSource, model: DualEncoder
+) -> list[tuple[str, str]]:
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [
+        ("training samples", f"{len(training):,} ({training.name})"),
+        ("held-out samples, never trained on", f"{len(held):,} ({held.name})"),
+        ("method", f"{recipe.method}, model {recipe.model.start}"),
+        ("parameters", f"{parameters:,}, of which {trained:,} trained"),
+        ("images", f"{model.image_policy.size} pixels, {model.image_policy.resize}"),
+        ("epochs, batch, seed", f"{recipe.epochs}, {recipe.data.batch_size}, {recipe.seed}"),
+    ]
+
+
+def _time(seconds: Mapping[str, float], steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    data, compute = (sum(row[name] for row in steps) for name in ("seconds_data", "seconds_compute"))
+    return [
+        *((name, f"{value:.1f} s") for name, value in seconds.items()),
+        ("in steps", f"{compute:.1f} s computing, {data:.1f} s waiting for data"),
+        ("processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}"),
+    ]
 
 
 def _skipped(steps: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from diptych.claims.arms import update_arms
 from diptych.claims.ledger import Result, update_readme, write_results
 from diptych.claims.plot import plot_results
 from diptych.claims.reproduce import reproduce_method
@@ -27,7 +28,7 @@ def reproduce(
     """Run a method's claim against a baseline and a control over seeds, and say whether it holds here.
 
     Trials that are done are in a log: called again, the command goes on where it stopped. The result is `out`/<slug>.json with a plot beside
-    it, and a row in the ledger of the README.md beside `out`, if it has one.
+    it, a row in the ledger of the README.md beside `out`, and tables of all arms there and in docs/claims.md, where these have their comments.
 
     Args:
         slug: Method whose claim is run; `diptych methods` lists them.
@@ -96,6 +97,8 @@ def _reproduce(
     except MissingExtraError as error:
         say(f"Results are in {place}. There is no plot: {error}")
     update_readme(out.parent / "README.md", out)
+    for page in (out.parent / "README.md", out.parent / "docs" / "claims.md"):
+        update_arms(page, out)
     for result in results:
         _print_result(result)
     return results

@@ -4,17 +4,19 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tyro.conf import Positional
 
+from diptych.claims.arms import compare
+from diptych.claims.ledger import read_results
 from diptych.commands.evaluating import print_metrics
 from diptych.commands.guarding import MIX, conclude, guarding, look
 from diptych.commands.records import versions, write_json
-from diptych.commands.reporting import report_run
+from diptych.commands.reporting import report, summarise
 from diptych.commands.terminal import CONSOLE, advancing, progress, say
 from diptych.config import fingerprint, override, to_json
 from diptych.data.bundles import prompts_of
@@ -32,6 +34,7 @@ from diptych.training.doctor import Diagnosis, Finding, examine_source, examine_
 from diptych.training.loop import fit
 from diptych.training.prepare import choose_device, choose_start, hold_out, make_loader, make_model
 from diptych.training.recipe import Recipe
+from diptych.use.report import RunSummary
 from diptych.verbs import AbstractObjective
 
 
@@ -43,11 +46,13 @@ class TrainedRun:
         folder: The run directory: checkpoint, recipe.json, metrics.jsonl, metrics.json, report.html.
         model: With its final weights, in eval mode.
         evaluation: On the held-out samples.
+        summary: What report.html shows.
     """
 
     folder: Path
     model: DualEncoder
     evaluation: Evaluation
+    summary: RunSummary
 
 
 def train(
@@ -115,13 +120,7 @@ def _train(
 
     recipe, objective, loader = _made(recipe, training, offline)
     model = objective.model
-    findings: list[Finding] = []
-    if check and not resume:
-        findings = _diagnose(training, objective, loader)
-        if errors := [finding.sentence for finding in findings if finding.level == "error"]:
-            raise DataError(
-                f"The doctor found errors: {' '.join(errors)} Mend them, or train all the same with --no-check."
-            )
+    findings = _healthy(training, objective, loader) if check and not resume else []
     if overwrite and not resume and distributed.is_first():
         _clear(folder)
     distributed.wait()
@@ -151,21 +150,13 @@ def _train(
             model, held, prompts=prompts, progress=progress, name=str(folder), seed=recipe.seed, memory=memory
         )
         curve = None if guarded is None else conclude(guarded, model, held, folder, choose=evaluate_on is None)
-    done = time.perf_counter()
-    seconds = {
-        "data": round(prepared - began, 3),
-        "train": round(trained - prepared, 3),
-        "evaluate": round(done - trained, 3),
-        "total": round(done - began, 3),
-    }
-    evaluation = Evaluation(**{**vars(evaluation), "seconds": seconds})
+    evaluation = replace(evaluation, seconds=_seconds(began, prepared, trained, time.perf_counter()))
     write_json(folder / "metrics.json", evaluation.to_json())
-    report_run(folder, recipe, training, held, model, evaluation, findings, curve)
+    summary = summarise(folder, recipe, training, held, model, evaluation, findings, curve)
+    report(folder, summary)
     print_metrics(evaluation)
-    say(f"Model, numbers and report are in {folder}. Look at {folder / 'report.html'}, then try:")
-    say(f"  diptych embed {source} --model {folder} --out {folder / 'index'}")
-    say(f"  diptych search {folder / 'index'} --text 'what you look for'")
-    return TrainedRun(folder, model, evaluation)
+    _say_what_next(source, folder)
+    return TrainedRun(folder, model, evaluation, summary)
 
 
 def doctor(
@@ -185,18 +176,27 @@ def doctor(
     return Diagnosis(tuple(_diagnose(samples, objective, loader)))
 
 
-def demo(*, out: Path = Path("runs/demo"), seed: int = 0) -> TrainedRun:
+def demo(*, out: Path = Path("runs/demo"), seed: int = 0, results: Path = Path("results")) -> TrainedRun:
     """Train a dual encoder from scratch on OpenMoji, evaluate it on 500 unseen emoji, and write a report.
 
     Args:
         out: Run directory; an earlier demo there is replaced.
         seed: Of weights, order and augmentation.
+        results: Folder of `diptych reproduce`. Where it holds a result of CLIP, the report says which parts of the recipe help.
     """
     size = clip.demo().model.architecture.image_policy.size
     with progress("drawing emoji", 0) as advance:
         glyphs(size, progress=lambda drawings: advancing(drawings, advance))
     recipe = override(clip.demo(), {"seed": seed})
-    return train("openmoji:train", recipe=recipe, out=out, evaluate_on="openmoji:test", overwrite=True)
+    run = train("openmoji:train", recipe=recipe, out=out, evaluate_on="openmoji:test", overwrite=True)
+    known = results / f"{recipe.method}.json"
+    if not known.is_file():
+        say(f"Which parts of this recipe help is not in {known}: `diptych reproduce {recipe.method}` measures it.")
+        return run
+    comparison = replace(compare(read_results(known)[0]), title="Which parts of the recipe help")
+    run = replace(run, summary=replace(run.summary, comparison=comparison))
+    report(out, run.summary)
+    return run
 
 
 def read_recipe(record: Mapping[str, Any]) -> Recipe[Any]:
@@ -264,6 +264,32 @@ def _diagnose(source: AbstractSource, objective: AbstractObjective[Any], loader:
         mark = {"good": "ok     ", "warning": "warning", "error": "ERROR  "}[finding.level]
         say(f"  {mark}  {finding.sentence}")
     return findings
+
+
+def _healthy(source: AbstractSource, objective: AbstractObjective[Any], loader: Loader) -> list[Finding]:
+    """Return what the doctor finds.
+
+    Raises:
+        DataError: If there is an error in it.
+    """
+    findings = _diagnose(source, objective, loader)
+    if errors := [finding.sentence for finding in findings if finding.level == "error"]:
+        raise DataError(
+            f"The doctor found errors: {' '.join(errors)} Mend them, or train all the same with --no-check."
+        )
+    return findings
+
+
+def _seconds(began: float, prepared: float, trained: float, done: float) -> dict[str, float]:
+    """Return how long each part of a run took, from the times at their ends."""
+    parts = {"data": prepared - began, "train": trained - prepared, "evaluate": done - trained, "total": done - began}
+    return {name: round(value, 3) for name, value in parts.items()}
+
+
+def _say_what_next(source: str, folder: Path) -> None:
+    say(f"Model, numbers and report are in {folder}. Look at {folder / 'report.html'}, then try:")
+    say(f"  diptych embed {source} --model {folder} --out {folder / 'index'}")
+    say(f"  diptych search {folder / 'index'} --text 'what you look for'")
 
 
 def _write_record(

@@ -17,13 +17,16 @@ from diptych.curate.balance import (
     threshold_for_share,
     threshold_for_size,
 )
-from diptych.curate.match import Matcher
+from diptych.curate.match import Matcher, match_batches
 from diptych.curate.metadata import build_metadata, words_of
 from diptych.curate.reasons import kept, with_column, with_reason
 from diptych.errors import ConfigError
 from diptych.verbs import AbstractCurator, AbstractSurveyor
 
 UNMATCHED, NO_LIST, BALANCED = "no entry", "no word list for its language", "entries over the threshold"
+
+_MATCHES = pa.list_(pa.int32())
+_BATCH = 1 << 16  # texts that one process matches at once
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class BalanceConfig:
     def __post_init__(self) -> None:
         if (self.threshold, self.tail_share, self.size).count(None) != 2:
             raise ConfigError(
-                "Give one of balance.threshold, balance.tail_share and balance.size, and None for the others; they are "
+                "Give one of threshold, tail_share and size, and None for the others; balance has "
                 f"{self.threshold}, {self.tail_share} and {self.size}."
             )
 
@@ -107,49 +110,46 @@ def _words(spec: str, config: MatchConfig) -> list[str]:
 class Matching(AbstractCurator):
     """Adds the column `matches`: ids of the entries in each caption, in the list of its language."""
 
-    def __init__(self, entries: Mapping[str, Sequence[str]], config: MatchConfig = MatchConfig()) -> None:
+    def __init__(
+        self, entries: Mapping[str, Sequence[str]], config: MatchConfig = MatchConfig(), *, processes: int = 1
+    ) -> None:
         """Make the curator.
 
         Args:
             entries: Word list by language, as `word_lists` gives them.
             config: The rest.
+            processes: That match a table, see `match_batches`; for large ones.
         """
-        self.config = config
+        self.config, self.processes = config, processes
         self._matchers = {code: Matcher(own, unspaced=config.unspaced) for code, own in entries.items()}
 
     def curate(self, table: pa.Table) -> pa.Table:
         """Return the table with matches, rows without any dropped."""
-        alive = kept(table)
-        spoken = list_languages(table, tuple(self._matchers), self.config.anchor)
-        rows, counts, ids = [], [], []
+        alive, spoken = kept(table), list_languages(table, tuple(self._matchers))
+        rows, found = [], []
         for code, matcher in self._matchers.items():
-            here = np.flatnonzero(alive & (spoken == code))
-            texts = table["caption"].take(here).combine_chunks().cast(pa.string())
-            found = matcher(pc.utf8_lower(texts) if self.config.fold_case else texts)
-            rows.append(here)
-            counts.append(np.diff(found.offsets.to_numpy()))
-            ids.append(found.values.to_numpy())
-        matches = _lists(table.num_rows, rows, counts, ids)
+            here = alive & (spoken == code)
+            rows.append(np.flatnonzero(here))
+            found += self._match(matcher, table["caption"].filter(pa.array(here)))
+        row = np.concatenate(rows)
+        place = np.full(table.num_rows, len(row))  # where in `found`, whose last list is for all others
+        place[row] = np.arange(len(row))
+        matches = pa.chunked_array([*found, pa.array([[]], _MATCHES)]).take(pa.array(place))
         table = with_column(table, "matches", matches)
         table = with_reason(table, spoken == "", NO_LIST)
-        return with_reason(table, np.diff(matches.offsets.to_numpy()) == 0, UNMATCHED) if self.config.need else table
+        none = pc.equal(pc.list_value_length(matches), 0).to_numpy()
+        return with_reason(table, none, UNMATCHED) if self.config.need else table
+
+    def _match(self, matcher: Matcher, texts: pa.ChunkedArray) -> list[pa.ListArray]:
+        texts = pc.utf8_lower(texts) if self.config.fold_case else texts
+        batches = pa.table({"text": texts}).to_batches(max_chunksize=_BATCH)
+        return [batch["matches"] for batch in match_batches(matcher, batches, "text", processes=self.processes)]
 
 
-def _lists(count: int, rows: list[np.ndarray], counts: list[np.ndarray], ids: list[np.ndarray]) -> pa.ListArray:
-    """Return one list per row from those of some rows each, which come in any order; empty ones for the rest."""
-    row, number = np.concatenate(rows), np.concatenate(counts)
-    length = np.zeros(count, np.int64)
-    length[row] = number
-    order = np.argsort(np.repeat(row, number), kind="stable")
-    values = np.concatenate(ids)[order]
-    ends = np.concatenate([[0], length.cumsum()])
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, pa.int32()))
-
-
-def list_languages(table: pa.Table, codes: Sequence[str], anchor: str) -> np.ndarray:
-    """Return whose word list each row takes: the anchor's if there is no other, else its language's; empty if that has none."""
+def list_languages(table: pa.Table, codes: Sequence[str]) -> np.ndarray:
+    """Return whose word list each row takes: the only one if there is no other, else its language's; empty if that has none."""
     if len(codes) == 1:
-        return np.full(table.num_rows, anchor, object)
+        return np.full(table.num_rows, codes[0], object)
     spoken = table["language"] if "language" in table.column_names else pa.nulls(table.num_rows, pa.string())
     known = pc.is_in(spoken, value_set=pa.array(codes))
     return np.asarray(pc.if_else(known, spoken, "").to_pylist(), object)
@@ -166,7 +166,7 @@ class Balance(AbstractSurveyor):
         Args:
             sizes: How many entries the word list of each language has.
             config: What is kept.
-            anchor: Language whose threshold is given.
+            anchor: Language whose threshold is given, where there are several.
 
         Raises:
             ConfigError: If a size is wanted of several languages.
@@ -175,14 +175,15 @@ class Balance(AbstractSurveyor):
             raise ConfigError(
                 f"balance.size is for one word list; there are some for {', '.join(sizes)}. Give a threshold or a tail share."
             )
-        self.sizes, self.config, self.anchor = dict(sizes), config, anchor
+        self.sizes, self.config = dict(sizes), config
+        self.anchor = anchor if len(sizes) > 1 else next(iter(sizes))
 
     def survey(self, table: pa.Table) -> pa.Table:
         """Return in how many rows each entry stands, those that stand somewhere; with a size wanted, the matches themselves."""
         table = table.filter(pa.array(kept(table)))
         if self.config.size is not None:
             return pa.table({"matches": table["matches"]})
-        spoken, parts = list_languages(table, tuple(self.sizes), self.anchor), []
+        spoken, parts = list_languages(table, tuple(self.sizes)), []
         for code, size in self.sizes.items():
             counts = count_entries(table["matches"].filter(pa.array(spoken == code)), size)
             parts.append(_sparse(code, counts))
@@ -222,37 +223,49 @@ class Balance(AbstractSurveyor):
         threshold = self.config.threshold
         if threshold is None:
             assert self.config.tail_share is not None
-            share = self.config.tail_share
-            return {code: float(threshold_for_share(own, share)) if own.any() else 1.0 for code, own in totals.items()}
+            share, several = self.config.tail_share, len(totals) > 1
+            return {
+                code: 1.0 if several and not own.any() else float(threshold_for_share(own, share))
+                for code, own in totals.items()
+            }
         if len(totals) == 1:
             return {self.anchor: threshold}
         return language_thresholds(totals, threshold, anchor=self.anchor)
 
     def informed(self, merged: pa.Table) -> AbstractCurator:
         """Return the curator that draws."""
-        chances = {}
-        for code, size in self.sizes.items():
-            own, counts = merged.filter(pc.equal(merged["language"], code)), np.zeros(size, np.int64)
-            counts[own["entry"].to_numpy()] = own["count"].to_numpy()
-            chances[code] = entry_probabilities(counts, own["threshold"][0].as_py()) if own.num_rows else np.ones(size)
-        return _Draw(chances, self.config, self.anchor)
+        thresholds = thresholds_of(merged)
+        counts = {code: counts_of(merged, code, size) for code, size in self.sizes.items()}
+        return _Draw({c: entry_probabilities(own, thresholds.get(c, 1.0)) for c, own in counts.items()}, self.config)
+
+
+def counts_of(merged: pa.Table, code: str, size: int) -> Int64[np.ndarray, " entries"]:
+    """Return in how many rows each entry of a language stands, from what `Balance.merge` gives."""
+    own, counts = merged.filter(pc.equal(merged["language"], code)), np.zeros(size, np.int64)
+    counts[own["entry"].to_numpy()] = own["count"].to_numpy()
+    return counts
+
+
+def thresholds_of(merged: pa.Table) -> dict[str, float]:
+    """Return the threshold of each language that has matches, from what `Balance.merge` gives."""
+    codes = pc.unique(merged["language"])
+    first = pc.index_in(codes, merged["language"].combine_chunks())
+    return dict(zip(codes.to_pylist(), merged["threshold"].take(first).to_pylist(), strict=True))
 
 
 class _Draw(AbstractCurator):
-    """Adds the column `chance`, and drops the rows that are not drawn."""
+    """Writes the column `chance` of rows without a reason, and drops those of them that are not drawn."""
 
-    def __init__(
-        self, probabilities: Mapping[str, Float64[np.ndarray, " _entries"]], config: BalanceConfig, anchor: str
-    ) -> None:
-        self._probabilities, self._config, self._anchor = dict(probabilities), config, anchor
+    def __init__(self, probabilities: Mapping[str, Float64[np.ndarray, " _entries"]], config: BalanceConfig) -> None:
+        self._probabilities, self._config = dict(probabilities), config
 
     def curate(self, table: pa.Table) -> pa.Table:
-        spoken, chance = list_languages(table, tuple(self._probabilities), self._anchor), np.zeros(table.num_rows)
+        spoken, chance = list_languages(table, tuple(self._probabilities)), np.zeros(table.num_rows)
         for code, probabilities in self._probabilities.items():
             here = spoken == code
             chance[here] = keep_probabilities(table["matches"].filter(pa.array(here)), probabilities)
-        chance[~kept(table)] = np.nan
-        table = with_column(table, "chance", pa.array(chance, from_pandas=True))
+        earlier = table["chance"] if "chance" in table.column_names else pa.scalar(None, pa.float64())
+        table = with_column(table, "chance", pc.if_else(pa.array(kept(table)), pa.array(chance), earlier))
         if self._config.online:
             return table
         return with_reason(table, row_uniforms(table["key"], self._config.seed) >= chance, BALANCED)

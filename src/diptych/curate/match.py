@@ -13,7 +13,7 @@ so a hash never decides. This is what an automaton such as Aho-Corasick's finds,
 import pickle
 import string
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -250,7 +250,7 @@ class _Index:
                 break
         else:  # made to measure: long patterns of two letters in the order of Thue and Morse
             raise ConfigError("Two entries have equal hashes, three times over. Remove very long entries.")
-        self._pattern, self._deeper = np.full(len(keys), -1), np.zeros(len(keys), np.bool_)
+        self._pattern, self._deeper = np.full(len(keys), -1, np.int32), np.zeros(len(keys), np.bool_)
         self._pattern[node[whole]] = np.arange(len(patterns))
         self._deeper[node[~whole]] = True
         bits = len(keys).bit_length() + 1
@@ -368,12 +368,12 @@ def _equal(
 
 
 def match_batches(
-    matcher: Matcher, batches: Iterable[pa.RecordBatch], column: str, *, processes: int = 1
-) -> Iterator[pa.RecordBatch]:
+    matcher: Callable[[pa.Array], pa.ListArray], batches: Iterable[pa.RecordBatch], column: str, *, processes: int = 1
+) -> Generator[pa.RecordBatch, None, None]:
     """Yield each batch with a column `matches` behind its own, in order. No more than two batches per process are held.
 
     Args:
-        matcher: Goes to each process once.
+        matcher: Gives the matches of texts, as `Matcher` does; goes to each process once.
         batches: Of tens of thousands of rows, so that sending them costs little.
         column: Holds one text per row.
         processes: That match, this one among them: it matches alone until others are there, and then what they have no hand free for. Others
@@ -391,22 +391,20 @@ def match_batches(
     saved = Path(folder.name) / "matcher"
     saved.write_bytes(pickle.dumps(matcher))  # as an argument, this process would wait until others have read it
     pool = ProcessPoolExecutor(others, get_context("spawn"), _adopt, (saved,))
-    waiting: deque[tuple[pa.RecordBatch, Future[pa.ListArray]]] = deque()
+    waiting: deque[tuple[pa.RecordBatch, Future[Path | pa.ListArray]]] = deque()
     try:
-        ready = pool.submit(_match_here, pa.array([], pa.string()))
-        for batch in batches:
+        ready = pool.submit(len, "")
+        for number, batch in enumerate(batches):
             texts = _text_column(batch, column)
             if ready.done() and sum(not matches.done() for _, matches in waiting) < 2 * others:
-                own = pa.concat_arrays([texts])  # of a slice, pickle would send the whole
-                waiting.append((batch, pool.submit(_match_here, own)))
+                waiting.append((batch, pool.submit(_match_file, _to_file(texts, saved.with_name(f"{number}.arrow")))))
             else:
                 waiting.append((batch, Future()))
                 waiting[-1][1].set_result(matcher(texts))
             while waiting and (len(waiting) == 2 * processes or waiting[0][1].done()):
-                done, matches = waiting.popleft()
-                yield _with_matches(done, matches.result())
-        for done, matches in waiting:
-            yield _with_matches(done, matches.result())
+                yield _received(*waiting.popleft())
+        for sent in waiting:
+            yield _received(*sent)
     finally:
         pool.shutdown(cancel_futures=True)
         folder.cleanup()
@@ -425,7 +423,7 @@ def _with_matches(batch: pa.RecordBatch, matches: pa.ListArray) -> pa.RecordBatc
     return pa.RecordBatch.from_arrays([*batch.columns, matches], [*batch.schema.names, "matches"])
 
 
-_adopted: Matcher  # of a worker process
+_adopted: Callable[[pa.Array], pa.ListArray]  # of a worker process
 
 
 def _adopt(saved: Path) -> None:
@@ -433,5 +431,27 @@ def _adopt(saved: Path) -> None:
     _adopted = pickle.loads(saved.read_bytes())
 
 
-def _match_here(texts: pa.Array) -> pa.ListArray:
-    return _adopted(texts)
+def _match_file(path: Path) -> Path:
+    """Put the matches in the place of the texts."""
+    return _to_file(_adopted(_from_file(path)), path)
+
+
+# Batches go through files, and through pipes only their names: a pipe holds 64 kilobytes, so whoever writes megabytes into one waits for a
+# reader, and this process, which is matching, would have to be interrupted a hundred times to read them.
+def _to_file(array: pa.Array, path: Path) -> Path:
+    batch = pa.record_batch([array], ["array"])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    return path
+
+
+def _from_file(path: Path) -> pa.Array:
+    return pa.ipc.open_file(pa.py_buffer(path.read_bytes())).get_batch(0).column(0)
+
+
+def _received(batch: pa.RecordBatch, matches: "Future[Path | pa.ListArray]") -> pa.RecordBatch:
+    found = matches.result()
+    if isinstance(found, Path):
+        path, found = found, _from_file(found)
+        path.unlink()
+    return _with_matches(batch, found)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from diptych.curate.normalise import NO_TEXT, blank
 from diptych.curate.parts import Block, Layout, Part, read
 from diptych.curate.reasons import kept, with_column, with_reason
-from diptych.data.columns import is_list, is_text
+from diptych.data.columns import is_list
 
 PAIRS = pa.schema(
     {
@@ -55,7 +55,7 @@ def pairs_of(block: Block, layout: Layout, name: str, first: int) -> pa.Table:
     table, count = block.table, block.table.num_rows
     bad = np.zeros(count, np.bool_)
     bad[list(block.faults)] = True
-    row, place, captions = _captions(_strings(table, layout.text, bad))
+    row, place, captions = captions_of(_strings(table, layout.text, bad))
     own = pc.binary_join_element_wise(name, pa.array(np.arange(first, first + count)).cast(pa.string()), ":")
     group = pc.coalesce(_whole(_strings(table, layout.key, bad)), own).take(row)
     suffix = pc.binary_join_element_wise(group, pa.array(place + 1).cast(pa.string()), "#")
@@ -91,10 +91,10 @@ def _strings(table: pa.Table, column: str | None, bad: np.ndarray) -> pa.Chunked
     return values.take(pa.array(np.where(bad, 0, places), mask=bad)) if bad.any() else values
 
 
-def _captions(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+def captions_of(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, pa.Array]:
     """Return row, number within the row, and text of every caption; each row has at least one, null if need be."""
     whole = _whole(column)
-    if is_text(whole.type):
+    if not pa.types.is_nested(whole.type):
         return np.arange(len(whole)), np.zeros(len(whole), np.int32), whole
     row, texts = pc.list_parent_indices(whole).to_numpy().astype(np.int64), pc.list_flatten(whole)
     alone = np.setdiff1d(np.arange(len(whole)), row)

@@ -26,7 +26,7 @@ from diptych.config import fingerprint, from_json, to_json
 from diptych.curate.decontaminate import Decontamination, DecontaminationConfig
 from diptych.curate.duplicates import ImageDuplicates, ImageDuplicatesConfig, TextDuplicates, TextDuplicatesConfig
 from diptych.curate.engine import AbstractEngine, LocalEngine
-from diptych.curate.entries import Balance, BalanceConfig, MatchConfig, Matching, word_lists
+from diptych.curate.entries import Balance, BalanceConfig, MatchConfig, Matching, thresholds_of, word_lists
 from diptych.curate.in_image_text import TextInImage, TextInImageConfig
 from diptych.curate.language import LanguageConfig, LanguageFilter
 from diptych.curate.metadata import Metadata
@@ -126,7 +126,7 @@ def curate_source(
     last = _run_passes(build_steps(config, lists), parts, layout, work, engine, advance)
     groups = _groups([count_kept(path) for path in _files(last, len(parts))], config.write.shard_rows)
     sizes = {code: len(own) for code, own in lists.items()}
-    task = WriteTask(tuple(parts), layout, last, out, tuple(groups), config.write, sizes, config.match.anchor)
+    task = WriteTask(tuple(parts), layout, last, out, tuple(groups), config.write, sizes)
     _run(engine, task, len(groups), "writing shards", advance)
     tallies = (json.loads(task.tally(number).read_text(encoding="utf-8")) for number in range(len(groups)))
     shards = sorted(path.name for path in (out / "pairs").glob(f"*.{config.write.format}"))
@@ -311,7 +311,6 @@ class WriteTask:
         groups: First and last part of each group, exclusive.
         config: Form of the shards.
         sizes: Entries per language.
-        anchor: Language of the only list.
     """
 
     parts: tuple[Part, ...]
@@ -321,7 +320,6 @@ class WriteTask:
     groups: tuple[tuple[int, int], ...]
     config: WriteConfig
     sizes: dict[str, int] = field(default_factory=dict)
-    anchor: str = "en"
 
     def tally(self, number: int) -> Path:
         """Return the file that is there when a group is done."""
@@ -335,7 +333,7 @@ class WriteTask:
 
     def __call__(self, number: int) -> None:
         """Do one group."""
-        tally = Tally(self.sizes, self.anchor)
+        tally = Tally(self.sizes)
         writer = ShardWriter(self.out / "pairs", f"{number:05}", self.config, self.layout)
         with atomic_file(self.out / "reasons" / f"{number:05}.parquet") as file, _Stream(file, None) as reasons:
             for place in range(*self.groups[number]):
@@ -447,8 +445,7 @@ def _notes(config: CurateConfig, work: Path) -> tuple[str, ...]:
     for path in sorted(work.glob("pass-*/merged.parquet")):
         table = pq.read_table(path)
         if "threshold" in table.column_names:
-            said = {row["language"]: row["threshold"] for row in table.select(["language", "threshold"]).to_pylist()}
-            each = ", ".join(f"{threshold:,.6g} ({language})" for language, threshold in said.items())
+            each = ", ".join(f"{threshold:,.6g} ({code})" for code, threshold in thresholds_of(table).items())
             notes.append(f"Each entry keeps this many pairs in expectation: {each}.")
     return tuple(notes)
 

@@ -16,6 +16,11 @@ def kept(table: pa.Table) -> Bool[np.ndarray, " rows"]:
     return found
 
 
+def kept_rows(table: pa.Table) -> pa.Table:
+    """Return the rows that have no reason."""
+    return table.filter(pa.array(kept(table)))
+
+
 def with_reason(table: pa.Table, rows: Bool[np.ndarray, " rows"], reason: str) -> pa.Table:
     """Return the table with `reason` given to those of `rows` that have none yet; the column is made if it is absent."""
     old = table[REASON] if REASON in table.column_names else pa.nulls(table.num_rows, pa.string())

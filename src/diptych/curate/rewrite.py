@@ -1,4 +1,4 @@
-"""Rewrites of captions as more texts for training: made in batches, judged one by one, kept with a reason per row.
+"""Rewrites of captions as more texts for training: made in batches, judged one by one, each with its verdict.
 
 A run can be stopped at any moment: finished batches stand in a journal beside the output, `<name>.part`, and the same command goes on
 behind them to the same result. The output is written whole at the end, then the journal is removed.
@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
 from diptych.config import fingerprint
 from diptych.curate.language_model import LanguageModelConfig, open_language_model
+from diptych.curate.normalise import NO_TEXT
 from diptych.curate.prompts import STYLES, FewShot, style
+from diptych.curate.reasons import kept, with_column, with_reason
 from diptych.curate.source_table import check_ending, source_table, write_table
 from diptych.curate.wording import QualityConfig, fault
 from diptych.curate.writers import AbstractWriter, PromptedWriter, RuleWriter
@@ -73,10 +76,11 @@ class Job:
 
 
 class Rewriter(AbstractCurator):
-    """Adds the columns `rewrite` (texts that passed) and `reason` (what became of each).
+    """Adds the columns `rewrite` (texts that passed) and `verdict` (what became of each), null for rows that nothing was written for.
 
-    A `rewrite` column that the table has already is extended. Batches hold captions of one style and follow from table and settings alone, so
-    a run that was stopped ends with the texts of one that was not, if the writer repeats itself.
+    A row stays, with its captions, whatever becomes of its rewrites; one without a caption has the reason `no text`. A `rewrite` column that the
+    table has already is extended. Batches hold captions of one style and follow from table and settings alone, so a run that was stopped ends
+    with the texts of one that was not, if the writer repeats itself.
     """
 
     def __init__(
@@ -102,17 +106,19 @@ class Rewriter(AbstractCurator):
         self.writer, self.config, self.journal, self.advance = writer, config, journal, advance
 
     def curate(self, table: pa.Table) -> pa.Table:
-        """Return the table with rewrites and reasons.
+        """Return the table with rewrites, verdicts and reasons.
 
         Raises:
             ColumnError: If there is no column of captions.
             ConfigError: If the journal belongs to another table or other settings.
         """
-        captions = row_captions(table, self.config.column)
+        captions, alive = row_captions(table, self.config.column), kept(table)
+        table = with_reason(table, np.array([not texts for texts in captions], np.bool_), NO_TEXT)
+        captions = [texts if stays else [] for texts, stays in zip(captions, alive, strict=True)]
         batches = list(self._batches(captions))
         written = self._write(batches)
         found: list[list[str]] = _texts_of(table, "rewrite")
-        reasons: list[list[str]] = [[] for _ in captions]
+        verdicts: list[list[str]] = [[] for _ in captions]
         for job, text in sorted(
             (
                 (job, text)
@@ -126,9 +132,9 @@ class Rewriter(AbstractCurator):
             if wrong is None:
                 found[job.row].append(text)
             quoted = f" ({text!r})" if wrong is not None and text else ""
-            reasons[job.row].append(f"{job.style}: {wrong or 'kept'}{quoted}")
-        said = pa.array([". ".join(of_row) or "no caption" for of_row in reasons], pa.string())
-        return _with_column(_with_column(table, "rewrite", pa.array(found, pa.list_(pa.string()))), "reason", said)
+            verdicts[job.row].append(f"{job.style}: {wrong or 'kept'}{quoted}")
+        said = pa.array([". ".join(of_row) or None for of_row in verdicts], pa.string())
+        return with_column(with_column(table, "rewrite", pa.array(found, pa.list_(pa.string()))), "verdict", said)
 
     def _batches(self, captions: list[list[str]]) -> Iterator[list[Job]]:
         size = self.config.batch_size
@@ -166,7 +172,7 @@ def rewrite_source(
     device: str = "cpu",
     advance: Callable[[int], None] | None = None,
 ) -> pa.Table:
-    """Rewrite the captions of a source, write it as a table with the columns `rewrite` and `reason`, and return that.
+    """Rewrite the captions of a source, write it as a table with the columns of `Rewriter`, and return that.
 
     Args:
         source: Anything with captions.
@@ -290,9 +296,3 @@ def _texts_of(table: pa.Table, column: str) -> list[list[str]]:
         return [[] for _ in range(table.num_rows)]
     values = (value if isinstance(value, list) else [value] for value in table[column].to_pylist())
     return [[text for text in texts if text and text.strip()] for texts in values]
-
-
-def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    if name in table.column_names:
-        return table.set_column(table.column_names.index(name), name, values)
-    return table.append_column(name, values)

@@ -122,15 +122,14 @@ class Summary:
 class Tally:
     """Counts the pairs of one group of parts."""
 
-    def __init__(self, sizes: Mapping[str, int], anchor: str) -> None:
+    def __init__(self, sizes: Mapping[str, int]) -> None:
         """Begin at zero.
 
         Args:
             sizes: Entries per language; empty where nothing is matched.
-            anchor: Its language, where there is one list.
         """
         self.pairs = self.samples = 0
-        self._sizes, self._anchor = dict(sizes), anchor
+        self._sizes = dict(sizes)
         self._reasons: dict[str, int] = {}
         self._languages: dict[str, list[int]] = {}
         self._entries = {code: np.zeros((2, size), np.int64) for code, size in sizes.items()}
@@ -158,7 +157,7 @@ class Tally:
             counts[0] += int((spoken == language).sum())
             counts[1] += int((alive & (spoken == language)).sum())
         if self._sizes:
-            lists = list_languages(table, tuple(self._sizes), self._anchor)
+            lists = list_languages(table, tuple(self._sizes))
             for language, size in self._sizes.items():
                 for place, rows in enumerate((lists == language, alive & (lists == language))):
                     self._entries[language][place] += count_entries(table["matches"].filter(pa.array(rows)), size)

@@ -17,7 +17,7 @@ from diptych.verbs import AbstractCurator, AbstractSurveyor
 
 COPY = "key and caption of an earlier row"
 
-_AT_ONCE = 8_000_000  # rows whose hashes are held together, some 400 MB
+AT_ONCE = 8_000_000  # rows whose hashes are held together, some 400 MB
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class UniqueKeys(AbstractSurveyor):
 
     def merge(self, surveys: Iterable[pa.Table]) -> pa.Table:
         """Return the rows that repeat a key, and whether they repeat the caption of the same key, too."""
-        rounds = max(1, -(-sum(survey.num_rows for survey in surveys) // _AT_ONCE))
+        rounds = max(1, -(-sum(survey.num_rows for survey in surveys) // AT_ONCE))
         found = []
         for this in range(rounds):
             parts = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from diptych.data.sources import AbstractSource, Joined, Subset
-from diptych.errors import ConfigError, DataError
+from diptych.errors import ConfigError, DataError, nearest
 from diptych.types import Sample, Text
 
 
@@ -14,7 +14,7 @@ class Prompted(AbstractSource):
 
     def __init__(self, source: AbstractSource, template: str = "a photo of a {}.") -> None:
         self.source, self.template = source, template
-        self.name, self.notes, self.chances = source.name, source.notes, source.chances
+        self.name, self.notes, self.chances, self.order = source.name, source.notes, source.chances, source.order
 
     def __len__(self) -> int:
         return len(self.source)
@@ -73,6 +73,19 @@ def by_domain(source: AbstractSource) -> dict[str, Subset]:
         name: Subset(source, [row for row, domain in enumerate(domains) if domain == name], f"{source.name}:{name}")
         for name in names
     }
+
+
+def one_domain(source: AbstractSource, name: str) -> Subset:
+    """Return the samples of one domain.
+
+    Raises:
+        DataError: If no sample has a domain.
+        ConfigError: If there is no such domain; names the nearest.
+    """
+    found = by_domain(source)
+    if name not in found:
+        raise ConfigError(f"{source.name} has no domain {name!r}. {nearest(name, found)}")
+    return found[name]
 
 
 def one_against_others(

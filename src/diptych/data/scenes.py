@@ -187,6 +187,15 @@ class Scenes(AbstractSource):
         plan, _ = self.twin_plan(index)
         return self._sample(plan, f"twin-{self.split}-{self.seed}-{index}", f"{self.split}-{self.seed}-{index}", None)
 
+    def ground(self, index: int) -> Sample:
+        """Return scene `index` without its things; all of these are called `background`."""
+        plan = replace(self.plan(index), things=())
+        pixels, mask = render(plan, self.config.size)
+        key = f"ground-{self.split}-{self.seed}-{index}"
+        return Sample(
+            key, pixels, (Text("background", "caption", "en"),), group="background", domain=plan.style, mask=mask
+        )
+
     def plan(self, index: int) -> Plan:
         """Return what scene `index` shows."""
         if not 0 <= index < self.count:

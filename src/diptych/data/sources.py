@@ -97,7 +97,11 @@ class Listed(AbstractSource):
 
 
 class Subset(AbstractSource):
-    """Some samples of another source, in the order given."""
+    """Some samples of another source, in the order given.
+
+    Where epochs of the source follow an order of their own, these follow what is left of it, cut or begun anew to one length. Rows that stand
+    together there stay together if all of them are taken, such as whole groups.
+    """
 
     def __init__(self, source: AbstractSource, indices: Sequence[int], name: str) -> None:
         self.source = source
@@ -105,6 +109,12 @@ class Subset(AbstractSource):
         self.name = name
         self.notes = source.notes
         self.chances = None if source.chances is None else source.chances[self.indices]
+        if source.order is not None:
+            places: dict[int, list[int]] = {}
+            for place, row in enumerate(self.indices):
+                places.setdefault(row, []).append(place)
+            left = partial(_left_of, source.order, places)
+            self.order = partial(_of_length, left, len(left(np.random.default_rng(0))))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -119,6 +129,15 @@ class Subset(AbstractSource):
     def texts(self, index: int) -> tuple[Text, ...]:
         """Return the texts of one sample."""
         return self.source.texts(self.indices[index])
+
+
+def _left_of(order: Order, places: Mapping[int, Sequence[int]], rng: np.random.Generator) -> Int64[np.ndarray, " left"]:
+    """Return where the rows of an epoch stand in a subset, without those that are not in it."""
+    return np.array([place for row in order(rng).tolist() for place in places.get(row, ())], np.int64)
+
+
+def _of_length(order: Order, count: int, rng: np.random.Generator) -> Int64[np.ndarray, " shown"]:
+    return np.resize(order(rng), count)
 
 
 class Joined(AbstractSource):
@@ -497,6 +516,7 @@ def _load_dataset(name: str, split: str | None) -> Any:
 def _named(name: str, split: str | None, columns: Columns | None) -> AbstractSource:
     """Return a source that has a name instead of a path."""
     from diptych.data.bundles import BUNDLES, bundle
+    from diptych.data.class_masks import CLASS_MASKS, class_masks
     from diptych.data.defects import DEFECTS, defects
     from diptych.data.multilingual import bilingual_photos, overhead_photos
     from diptych.data.openmoji import openmoji
@@ -517,7 +537,9 @@ def _named(name: str, split: str | None, columns: Columns | None) -> AbstractSou
         return planted_defects(split or "test")
     if name in DEFECTS and columns in (None, Columns()):
         return defects(name, split)
+    if name in CLASS_MASKS:
+        return class_masks(name, split)
     if name in BUNDLES:
         return bundle(name, split, columns=columns)
-    names = (*BUNDLES, *DEFECTS, *joined, "openmoji", "scenes", "shapes", "planted-defects")
+    names = (*BUNDLES, *DEFECTS, *CLASS_MASKS, *joined, "openmoji", "scenes", "shapes", "planted-defects")
     raise DataError(f"There is no file or folder {name!r}, and no data set of that name. {nearest(name, names)}")

@@ -240,6 +240,20 @@ def image_ap(
     return _interval(float(every[0]), every[1:])
 
 
+def within_faulty(found: Found, name: str) -> float:
+    """Return the pixel AUROC over the faulty images of a class: where the fault is, and nothing of which image has one.
+
+    A map that only knows which images are faulty has 0.5.
+    """
+    pairs = [
+        (scores, mask)
+        for scores, mask, own in zip(found.maps, found.masks, found.classes, strict=True)
+        if own == name and mask is not None and mask.any()
+    ]
+    maps, masks = zip(*pairs, strict=True)
+    return pixel_auroc(maps, masks, np.ones((1, len(pairs)))).value
+
+
 def pixel_auroc(
     maps: Sequence[Float[Tensor, "_h _w"]],
     masks: Sequence[Bool[Tensor, "_h _w"]],

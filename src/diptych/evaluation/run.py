@@ -168,7 +168,9 @@ def evaluate_model(
     if "retrieval" in wanted:
         found_retrieval = measure_retrieval(embedded, seed=seed)
     if "zeroshot" in wanted:
-        found_zeroshot = _measure_zeroshot(model, embedded, prompts, seed, memory, precision)
+        found_zeroshot = measure_zeroshot(
+            model, embedded, prompts=prompts, seed=seed, memory=memory, precision=precision
+        )
         settings |= {
             "classes": len(found_zeroshot.classes),
             "prompts": prompts,
@@ -248,14 +250,20 @@ def compare(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str
     return found
 
 
-def _measure_zeroshot(
+def measure_zeroshot(
     model: DualEncoder,
     embedded: Embedded,
-    prompts: str,
-    seed: int,
-    memory: TowerMemory | None,
-    precision: Precision,
+    *,
+    prompts: str = "photo",
+    seed: int = 0,
+    memory: TowerMemory | None = None,
+    precision: Precision = "auto",
 ) -> ZeroShot:
+    """Return accuracies over the classes that the images have, see `evaluate_model`.
+
+    Raises:
+        EvaluationError: If an image has no label, or all have the same.
+    """
     classes = sorted({label for label in embedded.labels if label is not None})
     templates = read_prompts(prompts)
     vectors = class_embeddings(

@@ -18,7 +18,12 @@ from torch.nn import functional as F
 from diptych.errors import ConfigError, EvaluationError, nearest
 from diptych.evaluation.ranking import check_finite, ranks
 from diptych.evaluation.stats import bootstrap, bootstrap_strata
-from diptych.types import Interval
+from diptych.models.dual import DualEncoder
+from diptych.models.embedding import inference
+from diptych.types import Interval, map_tensors
+
+PROMPTS_AT_ONCE = 128
+"""Texts per forward pass of `anchors_of`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,27 @@ def class_embeddings(
     texts = [template.format(name.replace("_", " ")) for name in classes for template in prompts.templates]
     embedded = embed(texts).unflatten(0, (len(classes), len(prompts.templates)))
     return F.normalize(embedded.mean(1), dim=-1)
+
+
+def mean_anchor(embeddings: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
+    """Return the normalised mean of embeddings that are not normalised: longer ones count more."""
+    return F.normalize(embeddings.mean(0), dim=-1)
+
+
+def anchors_of(model: DualEncoder, *sides: Sequence[str]) -> Float[Tensor, "sides d"]:
+    """Return the mean embedding of each set of texts, normalised: anchors for a handful of states that are each said in many ways."""
+    anchors = []
+    with inference(model):
+        for texts in sides:
+            parts = [
+                map_tensors(
+                    lambda tensor: tensor.to(model.device), model.tokenizer(texts[start : start + PROMPTS_AT_ONCE])
+                )
+                for start in range(0, len(texts), PROMPTS_AT_ONCE)
+            ]
+            embedded = torch.cat([model.text_head(model.text_output(part)).float() for part in parts])
+            anchors.append(mean_anchor(embedded))
+    return torch.stack(anchors).clone()  # a clone can be trained with, a tensor of inference mode cannot
 
 
 def zero_shot(

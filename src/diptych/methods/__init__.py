@@ -59,7 +59,7 @@ METHODS: Mapping[str, Method] = {
         Method(
             "scene_graph_3d", "objective", "3D scene-graph-guided pre-training", "Liu et al., arXiv 2024", "2411.18666"
         ),
-        Method("c_pgc", "attack", "C-PGC: universal perturbations", "Fang et al., ICCV 2025", "2406.05491"),
+        Method("c_pgc", "attack", "C-PGC: universal perturbations", "Fang et al., ICCV 2025", "2406.05491", "works"),
         Method(
             "nevlp", "objective", "NEVLP: noise-robust, efficient pre-training", "Tao et al., arXiv 2024", "2409.09582"
         ),
@@ -112,7 +112,7 @@ METHODS: Mapping[str, Method] = {
             "2303.06628",
             "reproduced",
         ),
-        Method("gama", "attack", "GAMA: multi-object scene attacks", "Aich et al., NeurIPS 2022", "2209.09502"),
+        Method("gama", "attack", "GAMA: multi-object scene attacks", "Aich et al., NeurIPS 2022", "2209.09502", "works"),
         Method(
             "sevlm",
             "objective",
@@ -136,7 +136,14 @@ METHODS: Mapping[str, Method] = {
         Method(
             "grounded_semantics", "objective", "Grounded semantics: VG-Bert", "Zhang et al., NeurIPS 2021", "2111.07180"
         ),
-        Method("trident", "adapter", "Trident: training-free segmentation", "Shi et al., ICCV 2025", "2411.09219"),
+        Method(
+            "trident",
+            "adapter",
+            "Trident: training-free segmentation",
+            "Shi et al., ICCV 2025",
+            "2411.09219",
+            "works",
+        ),
         Method(
             "laclip", "objective", "LaCLIP: language rewrites", "Fan et al., NeurIPS 2023", "2305.20088", "reproduced"
         ),

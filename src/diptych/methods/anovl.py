@@ -26,7 +26,6 @@ from functools import cache, lru_cache, partial
 from statistics import fmean
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,13 +37,13 @@ from diptych.data.loader import LoaderConfig
 from diptych.data.planted import PRODUCTS, kind_of, planted_defects
 from diptych.data.sources import AbstractSource, Listed
 from diptych.errors import ConfigError
-from diptych.evaluation.anomaly import AnomalyMaps, Found, class_means, detect, measure_found, pixel_auroc
-from diptych.models.dense import local_output, patch_embeddings
-from diptych.models.dual import DualEncoder, Images
-from diptych.models.embedding import inference
-from diptych.models.tiles import Tiles
-from diptych.models.vision import VisionConfig, VisionTransformer
-from diptych.types import Batch, map_tensors
+from diptych.evaluation.anomaly import AnomalyMaps, class_means, detect, measure_found, within_faulty
+from diptych.evaluation.zeroshot import anchors_of
+from diptych.models.dense import EmbeddedPatches, TokensAsked, choose_tokens, embedded_patches
+from diptych.models.dual import DualEncoder
+from diptych.models.tiles import Tiles, upsampled
+from diptych.models.vision import VisionConfig
+from diptych.types import Batch
 from diptych.verbs import AbstractAdapter
 
 Kind = Literal["object", "texture"]
@@ -73,8 +72,6 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
     "texture": ("industrial photo", "textural photo", "surface picture"),
 }
 """What a picture is called, by the kind of product."""
-AT_ONCE = 128
-"""Prompts per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class Config:
     kind: Kind = "object"
     wordings: tuple[str, ...] | None = None
     prompts: Literal["domain", "bare"] = "domain"
-    tokens: Literal["auto", "local", "ordinary"] = "auto"
+    tokens: TokensAsked = "auto"
     scale: float | None = 1.0
     steps: int = 5
     lr: float = 1e-3
@@ -147,64 +144,6 @@ def prompts(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
         for states in (NORMAL, ABNORMAL)
     )
     return normal, abnormal
-
-
-def mean_anchor(embeddings: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
-    """Return the normalised mean of embeddings that are not normalised: longer ones count more."""
-    return F.normalize(embeddings.mean(0), dim=-1)
-
-
-def anchors_of(model: DualEncoder, *sides: Sequence[str]) -> Float[Tensor, "sides d"]:
-    """Return the mean embedding of each set of texts, normalised; t_normal and t_abnormal of `prompts`."""
-    anchors = []
-    with inference(model):
-        for texts in sides:
-            parts = [
-                map_tensors(lambda tensor: tensor.to(model.device), model.tokenizer(texts[start : start + AT_ONCE]))
-                for start in range(0, len(texts), AT_ONCE)
-            ]
-            embedded = torch.cat([model.text_head(model.text_output(part)).float() for part in parts])
-            anchors.append(mean_anchor(embedded))
-    return torch.stack(anchors).clone()  # a clone can be trained with, a tensor of inference mode cannot
-
-
-def choose_tokens(model: DualEncoder, config: Config) -> Literal["local", "ordinary"]:
-    """Return which tokens `auto` means for a model."""
-    if config.tokens == "auto":
-        return "local" if isinstance(model.vision, VisionTransformer) else "ordinary"
-    return config.tokens
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a tower makes of square images, in the space of embeddings, not normalised.
-
-    Attributes:
-        patches: One vector per patch.
-        pooled: One per image.
-        grid: (rows, columns) of the patches.
-    """
-
-    patches: Float[Tensor, "b p d"]
-    pooled: Float[Tensor, "b d"]
-    grid: tuple[int, int]
-
-
-def see(model: DualEncoder, images: Images, tokens: Literal["local", "ordinary"]) -> Seen:
-    """Return patches and pooled vectors, without gradient.
-
-    Raises:
-        ConfigError: If the tower gives no patches, or local ones are asked of a tower without attention.
-    """
-    with inference(model):
-        pixels = model.pixels(images)
-        output = local_output(model.vision, pixels) if tokens == "local" else model.vision(pixels)
-        if output.tokens is None or output.grid is None:
-            raise ConfigError(f"Maps need patches, and this image tower ({type(model.vision).__name__}) gives none.")
-        patches, pooled = patch_embeddings(model, output.tokens).float(), model.image_head(output).float()
-    return Seen(
-        patches.clone(), pooled.clone(), output.grid
-    )  # clones can be trained on, tensors of inference mode cannot
 
 
 def cosines(vectors: Float[Tensor, "*n d"], anchors: Float[Tensor, "2 d"]) -> Float[Tensor, "*n 2"]:
@@ -276,16 +215,10 @@ def adapt(
     return losses
 
 
-def merged(values: Float[Tensor, "tiles p k"], grid: tuple[int, int], tiles: Tiles) -> Float[Tensor, "k h w"]:
-    """Return a value per patch as one per pixel: bilinear with the corner patches at the corners, then squares put together."""
-    square = values.transpose(1, 2).unflatten(2, grid)
-    return tiles.merge(F.interpolate(square, (tiles.side, tiles.side), mode="bilinear", align_corners=True))
-
-
 def anomaly_map(probabilities: Float[Tensor, "tiles p"], grid: tuple[int, int], tiles: Tiles) -> Float[Tensor, "h w"]:
-    """Return the map of an image: the mean over 3 x 3 patches, the border repeated, then `merged`."""
+    """Return the map of an image: the mean over 3 x 3 patches, the border repeated, then `upsampled`."""
     square = F.pad(probabilities.unflatten(1, grid)[:, None], (1, 1, 1, 1), mode="replicate")
-    return merged(F.avg_pool2d(square, 3, 1).flatten(2).transpose(1, 2), grid, tiles)[0]
+    return upsampled(F.avg_pool2d(square, 3, 1).flatten(2).transpose(1, 2), grid, tiles)[0]
 
 
 class Detector:
@@ -299,7 +232,7 @@ class Detector:
     """
 
     def __init__(
-        self, see: Callable[[Tensor], Seen], anchors: Float[Tensor, "2 d"], config: Config, scale: float
+        self, see: Callable[[Tensor], EmbeddedPatches], anchors: Float[Tensor, "2 d"], config: Config, scale: float
     ) -> None:
         self.see, self.anchors, self.config, self.scale = see, anchors, config, scale
         self._adapter = NoiseAdapter(anchors.shape[1], config.mix).to(anchors)
@@ -328,7 +261,7 @@ class Detector:
     def _abnormal(self, vectors: Tensor) -> Tensor:
         return (self.scale * cosines(vectors, self.anchors)).softmax(-1)[..., 1]
 
-    def _learn(self, seen: Seen, tiles: Tiles) -> None:
+    def _learn(self, seen: EmbeddedPatches, tiles: Tiles) -> None:
         generator = torch.Generator().manual_seed(self.config.seed)
         self._adapter.reset(generator)
         if not self.config.carry_optimizer_state:
@@ -337,7 +270,7 @@ class Detector:
         noise = self.config.noise * torch.randn(shape, generator=generator).to(seen.patches)
 
         def logits(patches: Tensor) -> Tensor:
-            return merged(self.scale * cosines(patches, self.anchors), seen.grid, tiles)
+            return upsampled(self.scale * cosines(patches, self.anchors), seen.grid, tiles)
 
         adapt(
             self._adapter,
@@ -363,8 +296,9 @@ class Adapter(AbstractAdapter):
         del data
         config = self.config
         scale = model.scale.item() if config.scale is None else config.scale
-        tokens = choose_tokens(model, config)
-        return Detector(lambda images: see(model, images, tokens), anchors_of(model, *prompts(config)), config, scale)
+        tokens = choose_tokens(model, config.tokens)
+        see = partial(embedded_patches, model, tokens=tokens)
+        return Detector(see, anchors_of(model, *prompts(config)), config, scale)
 
 
 def mini() -> Config:
@@ -472,7 +406,7 @@ def _localise(
     model = _model(trial, pool)
     generator = torch.Generator().manual_seed(trial.seed)
 
-    def moved(seen: Seen) -> Seen:
+    def moved(seen: EmbeddedPatches) -> EmbeddedPatches:
         """Give every patch the place of another one."""
         return replace(seen, patches=seen.patches[:, torch.randperm(seen.patches.shape[1], generator=generator)])
 
@@ -491,18 +425,7 @@ def _localise(
     found = detect(lambda sample: of_product(sample.domain or ""), _tested(trial.split), model.image_policy)
     for name, mean in class_means(measure_found(found)).items():
         trial.note(name, mean)
-    return fmean(_within_faulty(found, product) for product in PRODUCTS)
-
-
-def _within_faulty(found: Found, product: str) -> float:
-    """Return the pixel AUROC over the faulty images of a product: where the fault is, and nothing of which image has one."""
-    pairs = [
-        (scores, mask)
-        for scores, mask, name in zip(found.maps, found.masks, found.classes, strict=True)
-        if name == product and mask is not None and mask.any()
-    ]
-    maps, masks = zip(*pairs, strict=True)
-    return pixel_auroc(maps, masks, np.ones((1, len(pairs)))).value
+    return fmean(within_faulty(found, product) for product in PRODUCTS)
 
 
 def _mixed_anchors(model: DualEncoder, config: Config) -> Tensor:

@@ -26,9 +26,7 @@ in the code.
 The fence stands in the projector. Whoever holds the plain towers can leave it out.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -37,31 +35,29 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
-from safetensors.torch import load_file, save_file
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import RandAugment  # type: ignore[import-untyped]
 
-from diptych.claims.claim import Arm, Claim, Control, Trial
-from diptych.claims.domains import DOMAINS, Change, domain, domain_classes, frozen_start
+from diptych.claims.claim import Arm, Claim, Control, Part, Trial
+from diptych.claims.domains import DOMAINS, domain, domain_classes, frozen_start, noted_protection
 from diptych.claims.measures import gains_less_than_half
 from diptych.claims.task_stream import Split
 from diptych.config import from_json, to_json
 from diptych.data.bundles import class_names
-from diptych.data.parts import by_domain, one_against_others
+from diptych.data.image_changes import ImageChange, all_marked, restyled
+from diptych.data.parts import by_domain, one_against_others, one_domain, prompt
 from diptych.data.sources import AbstractSource
-from diptych.errors import CheckpointError, ConfigError, DataError, nearest
-from diptych.evaluation.protection import Correct, measure_protection, ownership, protection
-from diptych.files import atomic_folder, surviving
+from diptych.errors import ConfigError, DataError
+from diptych.evaluation.protection import Correct, measure_protection, ownership
+from diptych.models.attachment import read_attachment, save_attachment
 from diptych.models.bank import FeatureBank, fill_bank
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_texts, inference
 from diptych.models.heads import normed_mlp
-from diptych.models.precision import Precision, autocast, choose_precision
-from diptych.models.prompting import prompted_texts, slotted
+from diptych.models.precision import Precision
 from diptych.models.seen import Labelled, Seen, labels_of, look, see, shown
-from diptych.models.statistics import LayerStatistics
+from diptych.models.style_prompts import AbstractStylePrompts, Projector, Prompted, prompted, without_style
 from diptych.training.optim import OptimizerConfig
 from diptych.training.short import minimise, shuffled
 from diptych.types import Batch, Losses, Report, Tokens, concatenate, map_tensors
@@ -114,7 +110,7 @@ ADAM = OptimizerConfig(lr=0.01, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(AbstractStylePrompts):
     """Settings of the adapter. Values are the official code's, but for weights.
 
     Attributes:
@@ -127,10 +123,6 @@ class Config:
         prompts_limit: The same for the divergence of prompts; None for none, as in the code.
         bank_size: Features per class; 5.
         bank_template: Prompt that fills banks, `{}` for the class; None for the prompts of the untrained projector, as in the code.
-        hidden: Width between the two maps of the style; 256.
-        image_tokens: Times the content vector stands in the prompt; 4.
-        domain_repeats: Times the style vectors do; 2.
-        template: What follows them, `{}` for the class.
         augment_ops: Random changes, one after the other, of `target_free`; 10.
         augment_magnitude: Of each, 0 to 30; 10.
         augment_views: Changed versions of every image. The code draws a new one every time.
@@ -149,10 +141,6 @@ class Config:
     prompts_limit: float | None = 5.0
     bank_size: int = 5
     bank_template: str | None = "a photo of a {}."
-    hidden: int = 256
-    image_tokens: int = 4
-    domain_repeats: int = 2
-    template: str = "{}."
     augment_ops: int = 10
     augment_magnitude: int = 10
     augment_views: int = 1
@@ -168,54 +156,6 @@ class Config:
                 f"ip_clip takes a batch_size of 2 or more, and epochs, bank_size, augment_views and domain_repeats of 1 or more; they are "
                 f"{self.batch_size}, {self.epochs}, {self.bank_size}, {self.augment_views} and {self.domain_repeats}."
             )
-
-
-@dataclass(frozen=True)
-class Context:
-    """Vectors of a prompt.
-
-    Attributes:
-        vectors: All of them, in their order.
-        domain: The style vectors once, one per layer.
-    """
-
-    vectors: Float[Tensor, "b c w"]
-    domain: Float[Tensor, "b l w"]
-
-
-class Projector(nn.Module):
-    """What is learnt: from the statistics of an image's layers to the vectors of its prompt, linearly, with the shapes of the official code."""
-
-    def __init__(self, widths: Sequence[int], text_width: int, config: Config) -> None:
-        """Draw the maps.
-
-        Args:
-            widths: Of the layers.
-            text_width: Of the text tower's tokens.
-            config: Gives the numbers of tokens.
-        """
-        super().__init__()
-        self.config = config
-        self.style_in = nn.ModuleList(nn.Linear(width, config.hidden) for width in widths)
-        self.style_out = nn.ModuleList(nn.Linear(config.hidden, text_width) for _ in widths)
-        self.content = nn.ModuleList(nn.Linear(width, text_width) for width in widths)
-        self.over_layers = nn.Linear(len(widths), 1)
-
-    @property
-    def slots(self) -> int:
-        """Return the number of vectors in a prompt."""
-        return self.config.domain_repeats * len(self.content) + self.config.image_tokens
-
-    def forward(self, statistics: LayerStatistics) -> Context:
-        """Return the vectors of each image's prompt."""
-        pairs = list(zip(statistics.means, statistics.deviations, strict=True))
-        styles = [(mean + deviation) / 2 for mean, deviation in pairs]
-        maps = zip(self.style_in, self.style_out, styles, strict=True)
-        domain = torch.stack([last(first(style)) for first, last, style in maps], 1)
-        contents = [project(mean) for project, (mean, _) in zip(self.content, pairs, strict=True)]
-        image = self.over_layers(torch.stack(contents, -1)).mT  # [b 1 w]
-        vectors = [domain] * self.config.domain_repeats + [image] * self.config.image_tokens
-        return Context(torch.cat(vectors, 1), domain)
 
 
 class Interaction(nn.Module):
@@ -235,23 +175,6 @@ class Interaction(nn.Module):
         query, remembered = self.before(embedding)[:, 0::3], self.before(bank)
         mixed = self.after((0.1 * query @ remembered[:, 1::3].T).softmax(-1) @ remembered[:, 2::3])
         return F.normalize(embedding + mixed, dim=-1)
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """What the prompts of images say.
-
-    Attributes:
-        texts: L2-normalised embedding of each class under each image's prompt.
-        domain: Style vectors in it.
-    """
-
-    texts: Float[Tensor, "b k d"]
-    domain: Float[Tensor, "b l w"]
-
-    def logits(self, embedding: Float[Tensor, "b d"], scale: Float[Tensor, ""] | float) -> Float[Tensor, "b k"]:
-        """Return s <f, t_c>, each image with the texts of its own prompt."""
-        return scale * torch.einsum("bd,bkd->bk", embedding, self.texts)
 
 
 @dataclass(frozen=True)
@@ -339,11 +262,11 @@ class Lesson:
     bank: Float[Tensor, "k d"]
     other_bank: Float[Tensor, "k d"]
 
-    def prompted(self, projector: Projector, seen: Seen) -> Prompted:
+    def prompted(self, projector: Projector[Config], seen: Seen) -> Prompted:
         """Return what the prompts of images say, with gradient to the projector."""
-        return prompted(self.model, self.names, projector, seen)
+        return prompted(self.model, self.names, projector, seen.statistics, projector.config.precision)
 
-    def losses(self, projector: Projector, batches: tuple[Labelled, Labelled]) -> Losses:
+    def losses(self, projector: Projector[Config], batches: tuple[Labelled, Labelled]) -> Losses:
         """Return the loss of an authorised and another batch. Where only the authorised domain counts, the other is not looked at."""
         (authorised, unauthorised), config, scale = batches, projector.config, self.model.scale
         embedding, label = authorised.seen.embedding, authorised.label
@@ -372,15 +295,6 @@ class Lesson:
         return weighed(terms, config.weights)
 
 
-def prompted(model: DualEncoder, names: Tokens, projector: Projector, seen: Seen) -> Prompted:
-    """Return what the prompts of images say. The text tower is asked for every class of every image."""
-    context = projector(seen.statistics)
-    precision, _ = choose_precision(projector.config.precision, model.device)
-    with autocast(precision, model.device):
-        texts = prompted_texts(model, names, context.vectors)
-    return Prompted(texts, context.domain)
-
-
 class Predictor(nn.Module):
     """Classifies images by prompts that are made of the images themselves.
 
@@ -391,10 +305,10 @@ class Predictor(nn.Module):
         names: Their tokens, with slots.
     """
 
-    def __init__(self, model: DualEncoder, projector: Projector, classes: Sequence[str]) -> None:
+    def __init__(self, model: DualEncoder, projector: Projector[Config], classes: Sequence[str]) -> None:
         super().__init__()
         self.model, self.projector, self.classes = model, projector, tuple(classes)
-        self.names = class_tokens(model, self.classes, projector)
+        self.names = projector.names_of(model, self.classes)
 
     def forward(self, batch: Batch) -> Float[Tensor, "b k"]:
         """Return logits over the classes for the main view of a batch."""
@@ -408,7 +322,9 @@ class Predictor(nn.Module):
         with inference(self.model):
             for rows in torch.arange(len(seen.embedding)).split(AT_ONCE):
                 part = map_tensors(partial(torch.index_select, dim=0, index=rows.to(self.model.device)), seen)
-                said = prompted(self.model, self.names, self.projector, part)
+                said = prompted(
+                    self.model, self.names, self.projector, part.statistics, self.projector.config.precision
+                )
                 found.append(said.logits(part.embedding, self.model.scale))
         return torch.cat(found)
 
@@ -418,16 +334,13 @@ class Predictor(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write what was learnt, without the towers."""
-        with atomic_folder(folder) as temporary:
-            save_file(self.projector.state_dict(), temporary / "projector.safetensors")
-            record = {
-                "method": "ip_clip",
-                "config": to_json(self.projector.config),
-                "classes": self.classes,
-                "widths": [layer.in_features for layer in self.projector.content],
-                "model": self.model.fingerprint,
-            }
-            (temporary / "adapter.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = {
+            "method": "ip_clip",
+            "config": to_json(self.projector.config),
+            "classes": self.classes,
+            "widths": [layer.in_features for layer in self.projector.content],
+        }
+        save_attachment(folder, self.projector, record, self.model)
 
 
 def read_predictor(folder: Path, model: DualEncoder) -> Predictor:
@@ -436,21 +349,10 @@ def read_predictor(folder: Path, model: DualEncoder) -> Predictor:
     Raises:
         CheckpointError: If there is nothing to read, or it was learnt on another model.
     """
-    folder = surviving(folder)
-    try:
-        record = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "projector.safetensors")
-        widths, classes, made_for = (record[name] for name in ("widths", "classes", "model"))
-        config = from_json(Config, record["config"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} holds no adapter that could be read: {error!r}") from error
-    if made_for != model.fingerprint:
-        raise CheckpointError(
-            f"The adapter in {folder} was learnt on another model. Load the one that it was learnt on."
-        )
-    projector = Projector(widths, model.text.width, config)
-    projector.load_state_dict(state)
-    return Predictor(model.requires_grad_(False).eval(), projector.to(model.device), classes)
+    record, weights = read_attachment(folder, model, needs=("config", "classes", "widths"))
+    projector = Projector(record["widths"], model.text.width, from_json(Config, record["config"]))
+    projector.load_state_dict(weights)
+    return Predictor(model.requires_grad_(False).eval(), projector.to(model.device), record["classes"])
 
 
 class Adapter(AbstractAdapter):
@@ -492,10 +394,8 @@ class Adapter(AbstractAdapter):
             return one_against_others(data, config.authorised, config.unauthorised)
         if config.authorised is None:
             return data, data
-        found = by_domain(data)
-        if config.authorised not in found:
-            raise ConfigError(f"{data.name} has no domain {config.authorised!r}. {nearest(config.authorised, found)}")
-        return found[config.authorised], found[config.authorised]
+        own = one_domain(data, config.authorised)
+        return own, own
 
     def _others(self, model: DualEncoder, source: AbstractSource, classes: Sequence[str], own: Labelled) -> Labelled:
         """Return images that must not be recognised; the authorised ones where only those count."""
@@ -518,7 +418,7 @@ def learn(
     unauthorised: Labelled,
     config: Config,
     *,
-    start: Projector | None = None,
+    start: Projector[Config] | None = None,
 ) -> Predictor:
     """Return a predictor whose projector was trained on what the tower has seen; equal seeds, equal predictors.
 
@@ -567,13 +467,12 @@ def measure(plain: Predictor, protected: Predictor, data: AbstractSource) -> Rep
     Raises:
         ConfigError: If the authorised domain is not among the data's.
     """
-    authorised, found = protected.projector.config.authorised, dict[str, Correct]()
+    authorised, found = str(protected.projector.config.authorised), dict[str, Correct]()
+    one_domain(data, authorised)
     for name, source in by_domain(data).items():
         label = labels_of(source, protected.classes)
         exam = see(plain.model, shown(plain.model, source), label, protected.projector.config.precision)
         found[name] = Correct(plain.correct(exam), protected.correct(exam))
-    if authorised not in found:
-        raise ConfigError(f"{data.name} has no domain {authorised!r}. {nearest(str(authorised), found)}")
     return measure_protection(found[authorised], {name: each for name, each in found.items() if name != authorised})
 
 
@@ -589,49 +488,11 @@ def bank_of(predictor: Predictor, data: Labelled, *, known: bool) -> FeatureBank
     if config.bank_template is None:
         logits = predictor.logits(data.seen)
     else:
-        prompts = [config.bank_template.format(name.replace("_", " ")) for name in predictor.classes]
+        prompts = [prompt(name, config.bank_template) for name in predictor.classes]
         texts = embed_texts(model, prompts).to(model.device)
         logits = model.scale * data.seen.embedding @ texts.T
     labels = data.label if known else None
     return fill_bank(data.seen.embedding, logits.softmax(-1), labels, size=config.bank_size)
-
-
-def class_tokens(model: DualEncoder, classes: Sequence[str], projector: Projector) -> Tokens:
-    """Return the names of classes with slots for the vectors of a projector."""
-    texts = [projector.config.template.format(name.replace("_", " ")) for name in classes]
-    return map_tensors(lambda tensor: tensor.to(model.device), slotted(model.tokenizer, texts, projector.slots))
-
-
-def watermarked(image: UInt8[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 h w"]:
-    """Return images with the owner's mark: every pixel in an even row or column is white, three of four in images of even size."""
-    marked = image.clone()
-    marked[..., ::2, :] = marked[..., ::2] = 255
-    return marked
-
-
-def all_marked(images: Iterable[UInt8[Tensor, "3 h w"]]) -> Iterator[UInt8[Tensor, "3 h w"]]:
-    """Yield images with the owner's mark."""
-    return map(watermarked, images)
-
-
-def restyled(
-    images: Iterable[UInt8[Tensor, "3 h w"]], *, ops: int = 10, magnitude: int = 10, seed: int = 0, view: int = 0
-) -> Iterator[UInt8[Tensor, "3 h w"]]:
-    """Yield images that went through RandAugment (torchvision's), each with random numbers of its own.
-
-    Args:
-        images: One after the other.
-        ops: Random changes of each.
-        magnitude: Of each change, 0 to 30.
-        seed: Of the random numbers.
-        view: Other numbers, other versions of the images.
-    """
-    change = RandAugment(ops, magnitude)
-    for row, image in enumerate(images):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([seed, view, row]).generate_state(1)[0]))
-            changed: Tensor = change(image)
-        yield changed
 
 
 def mini() -> Config:
@@ -646,28 +507,33 @@ def mini() -> Config:
     )
 
 
-def without_style(projector: Projector) -> Projector:
-    """Return a copy whose style vectors are zeros: what is left is the same prompt for every look. A control, for claims."""
-    copy = deepcopy(projector)
-    for layer in copy.style_out:
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
-    return copy
+@dataclass(frozen=True)
+class Fence:
+    """How a predictor is learnt for a claim.
+
+    Attributes:
+        weights: Of the loss.
+        change: Of authorised images, which then stand for unauthorised ones; None where other domains do.
+        shuffled: Whether the images of all domains are mixed first.
+        style: Whether the style vectors are still there afterwards.
+    """
+
+    weights: Weights = Weights()
+    change: ImageChange | None = None
+    shuffled: bool = False
+    style: bool = True
 
 
-Kind = Literal["plain", "whole", "two terms", "same images", "shuffled", "target-free", "marked", "without style"]
-"""What was learnt: prompts only; all terms; the first two; all terms with authorised images, with images of all domains mixed, with images changed
-at random, or with marked ones in the place of unauthorised images; all terms, with style vectors taken away afterwards."""
-
-
-_ARMS: Mapping[str, Kind] = {
-    "unprotected": "plain",
-    "IP-CLIP": "whole",
-    "authorised images as unauthorised": "same images",
-    "right here, wrong there": "two terms",
-    "style vectors zero at test": "without style",
+_PLAIN, _WHOLE, _SAME, _MARKED = Fence(SUPERVISED), Fence(), Fence(change=iter), Fence(change=all_marked)
+_TWO_TERMS = Fence(replace(SUPERVISED, unauthorised=-1.0))
+_ARMS = {
+    "unprotected": _PLAIN,
+    "IP-CLIP": _WHOLE,
+    "authorised images as unauthorised": _SAME,
+    "right here, wrong there": _TWO_TERMS,
+    "style vectors zero at test": Fence(style=False),
 }
-_ARMS_OF_PHOTOS: Mapping[str, Kind] = {"domains shuffled": "shuffled", "target-free": "target-free"}
+_ARMS_OF_PHOTOS = {"domains shuffled": Fence(shuffled=True), "target-free": Fence(change=restyled)}
 
 
 def claim() -> tuple[Claim, ...]:
@@ -677,112 +543,94 @@ def claim() -> tuple[Claim, ...]:
     batches of 8 of 4 and 8 (cartoons and sketches).
     """
     paper = "W_ua 74.8 (Office-31), 55.1 (Office-Home-65), 54.7 (Mini-DomainNet), each 2 to 5 points above the next best; D_a 0.0 on average."
-    photos = {name: _ARMS[name] for name in ("unprotected", "authorised images as unauthorised")}
+
+    def one(
+        name: str,
+        setting: str,
+        measure: Any,
+        arms: Mapping[str, Fence],
+        *,
+        baseline: Fence = _PLAIN,
+        paper: str = paper,
+        metric: str = "W_ua, mean over unauthorised domains",
+    ) -> Claim:
+        parts: dict[Fence, Part] = {baseline: "baseline", _WHOLE: "method", _MARKED: "method", _SAME: "control"}
+        return Claim(
+            "ip_clip",
+            name,
+            paper,
+            "PACS (7 classes, 140 training images a domain), prompts learnt in two passes on the frozen towers of lite0-minilm; unprotected is "
+            f"prompts learnt without other domains, and drops are counted from there. {setting}",
+            metric,
+            tuple(
+                Arm(title, parts.get(fence, "further"), partial(measure, fence=fence)) for title, fence in arms.items()
+            ),
+            Control(
+                "Less than half is left with authorised images in the place of unauthorised ones.", gains_less_than_half
+            ),
+            sources=("pacs",),
+        )
+
     return (
         *(
-            _claim(
-                name, paper, f"Works on: {name}.", partial(_weighted, authorised=name), _arms_of(name), "plain", "whole"
+            one(
+                name,
+                f"Works on: {name}.",
+                partial(_weighted, authorised=name),
+                _ARMS | (_ARMS_OF_PHOTOS if name == "photo" else {}),
             )
             for name in DOMAINS
         ),
-        _claim(
+        one(
             "terms",
-            paper,
             "The mean over all pairs of domains; the baseline has the first two terms of the loss only.",
             _weighted_everywhere,
-            {name: kind for name, kind in _ARMS.items() if kind in ("whole", "two terms", "same images")},
-            "two terms",
-            "whole",
+            {name: fence for name, fence in _ARMS.items() if fence in (_WHOLE, _SAME, _TWO_TERMS)},
+            baseline=_TWO_TERMS,
         ),
-        _claim(
+        one(
             "ownership",
-            "O_ua 71.3, 5.6 points above the next best.",
             "Photos, whose mark makes three of four pixels white; unauthorised are marked ones.",
             _owned,
-            photos | {"IP-CLIP": "marked"},
-            "plain",
-            "marked",
+            {name: fence for name, fence in _ARMS.items() if fence in (_PLAIN, _SAME)} | {"IP-CLIP": _MARKED},
+            paper="O_ua 71.3, 5.6 points above the next best.",
             metric="O_ua",
         ),
     )
 
 
-def _arms_of(name: str) -> dict[str, Kind]:
-    return {**_ARMS, **(_ARMS_OF_PHOTOS if name == "photo" else {})}
+def _weighted_everywhere(trial: Trial, *, fence: Fence) -> float:
+    return fmean(_weighted(trial, authorised=name, fence=fence) for name in DOMAINS)
 
 
-def _claim(
-    name: str,
-    paper: str,
-    setting: str,
-    measure: Any,
-    arms: Mapping[str, Kind],
-    baseline: Kind,
-    method: Kind,
-    metric: str = "W_ua, mean over unauthorised domains",
-) -> Claim:
-    parts: dict[Kind, Any] = {baseline: "baseline", method: "method", "same images": "control"}
-    return Claim(
-        "ip_clip",
-        name,
-        paper,
-        "PACS (7 classes, 140 training images a domain), prompts learnt in two passes on the frozen towers of lite0-minilm; unprotected is "
-        f"prompts learnt without other domains, and drops are counted from there. {setting}",
-        metric,
-        tuple(Arm(title, parts.get(kind, "further"), partial(measure, kind=kind)) for title, kind in arms.items()),
-        Control(
-            "Less than half is left with authorised images in the place of unauthorised ones.", gains_less_than_half
-        ),
-        sources=("pacs",),
-    )
+def _weighted(trial: Trial, *, authorised: str, fence: Fence) -> float:
+    """Return the mean W_ua of a domain against each other one."""
+    plain, found = (accuracies(authorised, each, trial.seed, trial.split) for each in (_PLAIN, fence))
+    trial.shown(_images_shown(fence))
+    return noted_protection(trial, authorised, plain, found)
 
 
-STAND_INS: Mapping[str, Change] = {"same images": iter, "marked": all_marked, "target-free": restyled}
-"""What is made of authorised images to stand for unauthorised ones."""
-
-
-def _weighted_everywhere(trial: Trial, *, kind: Kind) -> float:
-    return fmean(_weighted(trial, authorised=name, kind=kind) for name in DOMAINS)
-
-
-def _weighted(trial: Trial, *, authorised: str, kind: Kind) -> float:
-    """Return the mean W_ua of a domain against each other one, and note what it is made of."""
-    plain, found = (accuracies(authorised, each, trial.seed, trial.split) for each in ("plain", kind))
-    trial.shown(_images_shown(kind))
-    pairs = {
-        name: protection(plain[authorised], plain[name], found[authorised], found[name])
-        for name in DOMAINS
-        if name != authorised
-    }
-    trial.note(f"{authorised}: A_a", found[authorised])
-    trial.note(f"{authorised}: D_a", fmean(pair.authorised_drop for pair in pairs.values()))
-    for name, pair in pairs.items():
-        trial.note(f"{authorised}: D_u {name}", pair.unauthorised_drop)
-        trial.note(f"{authorised}: W_ua {name}", pair.weighted)
-    return fmean(pair.weighted for pair in pairs.values())
-
-
-def _owned(trial: Trial, *, kind: Kind) -> float:
+def _owned(trial: Trial, *, fence: Fence) -> float:
     """Return O_ua of photos."""
-    plain, found = (accuracies("photo", each, trial.seed, trial.split) for each in ("plain", kind))
-    trial.shown(_images_shown(kind))
+    plain, found = (accuracies("photo", each, trial.seed, trial.split) for each in (_PLAIN, fence))
+    trial.shown(_images_shown(fence))
     trial.note("A_u, unprotected", plain["marked"])
     trial.note("A_a", found["photo"])
     trial.note("A_u", found["marked"])
     return ownership(plain["marked"], found["photo"], found["marked"])
 
 
-def _images_shown(kind: Kind) -> int:
+def _images_shown(fence: Fence) -> int:
     config = mini()
     steps = config.epochs * (len(domain(DOMAINS[0], "train")) // config.batch_size)
-    return steps * config.batch_size * (1 if kind == "plain" else 2)
+    return steps * config.batch_size * (2 if fence.weights.protects else 1)
 
 
 @cache
-def accuracies(authorised: str, kind: Kind, seed: int, split: Split) -> dict[str, float]:
+def accuracies(authorised: str, fence: Fence, seed: int, split: Split) -> dict[str, float]:
     """Return the accuracy in every domain, and on marked photos if those are authorised."""
-    predictor = learnt(authorised, "whole" if kind == "without style" else kind, seed)
-    if kind == "without style":
+    predictor = learnt(authorised, replace(fence, style=True), seed)
+    if not fence.style:
         predictor = Predictor(predictor.model, without_style(predictor.projector), predictor.classes)
     exams = {name: domain(name, split) for name in DOMAINS}
     if authorised == "photo":
@@ -791,16 +639,15 @@ def accuracies(authorised: str, kind: Kind, seed: int, split: Split) -> dict[str
 
 
 @lru_cache(maxsize=2)
-def learnt(authorised: str, kind: Kind, seed: int) -> Predictor:
+def learnt(authorised: str, fence: Fence, seed: int) -> Predictor:
     """Return what was learnt in a domain of PACS."""
     own = domain(authorised, "train")
     others = concatenate([domain(name, "train") for name in DOMAINS if name != authorised])
-    if kind == "shuffled":
+    if fence.shuffled:
         mixed = concatenate([own, others])
         order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed)).split(len(own))
         own, *rest = (map_tensors(partial(torch.index_select, dim=0, index=rows), mixed) for rows in order)
         others = concatenate(rest)
-    if kind in STAND_INS:
-        others = domain(authorised, "train", STAND_INS[kind])
-    weights = {"plain": SUPERVISED, "two terms": replace(SUPERVISED, unauthorised=-1.0)}.get(kind, Weights())
-    return learn(frozen_start(), domain_classes(), own, others, replace(mini(), weights=weights, seed=seed))
+    if fence.change is not None:
+        others = domain(authorised, "train", fence.change)
+    return learn(frozen_start(), domain_classes(), own, others, replace(mini(), weights=fence.weights, seed=seed))

@@ -5,12 +5,14 @@ Models of open_clip and transformers are read into our towers (`models/openclip.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from diptych.errors import ConfigError
-from diptych.models.dual import DualEncoder
+from diptych.models.dual import DualEncoder, Images
+from diptych.models.embedding import inference
 from diptych.models.transformer import Block, HeadVectors, attend
 from diptych.models.vision import AbstractVisionTower, VisionTransformer
 from diptych.types import TowerOutput
@@ -149,3 +151,46 @@ def _blocks(vit: VisionTransformer) -> list[Block]:
 def _patches(heads: HeadVectors, grid: tuple[int, int]) -> HeadVectors:
     count = grid[0] * grid[1]
     return HeadVectors(heads.query[:, :, -count:], heads.key[:, :, -count:], heads.value[:, :, -count:])
+
+
+TokensTaken = Literal["local", "ordinary"]
+TokensAsked = Literal["auto", "local", "ordinary"]
+
+
+def choose_tokens(model: DualEncoder, asked: TokensAsked = "auto") -> TokensTaken:
+    """Return which tokens say what a patch shows: `auto` is those of `local_output` where the tower has attention, else the tower's ordinary ones."""
+    if asked == "auto":
+        return "local" if isinstance(model.vision, VisionTransformer) else "ordinary"
+    return asked
+
+
+@dataclass(frozen=True)
+class EmbeddedPatches:
+    """What a tower makes of images, in the space of embeddings, not normalised.
+
+    Attributes:
+        patches: One vector per patch.
+        pooled: One per image.
+        grid: (rows, columns) of the patches.
+    """
+
+    patches: Float[Tensor, "b p d"]
+    pooled: Float[Tensor, "b d"]
+    grid: tuple[int, int]
+
+
+def embedded_patches(model: DualEncoder, images: Images, tokens: TokensTaken) -> EmbeddedPatches:
+    """Return embeddings of patches and of whole images, without gradient; they can be trained on.
+
+    Raises:
+        ConfigError: If the tower gives no patches, or local ones are asked of a tower without attention.
+    """
+    with inference(model):
+        pixels = model.pixels(images)
+        output = local_output(model.vision, pixels) if tokens == "local" else model.vision(pixels)
+        if output.tokens is None or output.grid is None:
+            raise ConfigError(f"Maps need patches, and this image tower ({type(model.vision).__name__}) gives none.")
+        patches, pooled = patch_embeddings(model, output.tokens).float(), model.image_head(output).float()
+    return EmbeddedPatches(
+        patches.clone(), pooled.clone(), output.grid
+    )  # clones can be trained on, tensors of inference mode cannot

@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from diptych.data.images import decode
 from diptych.data.sources import AbstractSource
@@ -16,8 +16,12 @@ from diptych.errors import ImageError
 from diptych.models.dual import DualEncoder
 from diptych.models.fusing import fused_images
 from diptych.models.memory import Shown, TowerMemory
+from diptych.models.perturbation import as_floats
 from diptych.models.precision import Precision, autocast, choose_precision, first_in_fp32
 from diptych.types import Sample, Text, map_tensors
+
+Change = Callable[[Float[Tensor, "b 3 h w"]], Float[Tensor, "b 3 h w"]]
+"""Makes other pixels of a batch's, all in [0, 1]."""
 
 Advance = Callable[[int], None]
 """Called with the number of items done since the last call, to move a progress bar."""
@@ -63,15 +67,22 @@ def inference(model: DualEncoder, precision: Precision = "fp32") -> Iterator[Non
         model: Any.
         precision: Of the towers. In bf16 the first convolutions of an image tower with batch norms stay fp32, see `first_in_fp32`.
     """
-    modes = [(module, module.training) for module in model.modules()]
     chosen, _ = choose_precision(precision, model.device)
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast(chosen, model.device), first_in_fp32(model.vision, on=chosen == "bf16"):
+    with eval_mode(model), torch.inference_mode(), autocast(chosen, model.device):
+        with first_in_fp32(model.vision, on=chosen == "bf16"):
             yield
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode while the context is open; gradients stay possible, for those with respect to the input."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for part, mode in modes:
+            part.training = mode
 
 
 @contextmanager
@@ -164,7 +175,7 @@ def embed_source(
     Raises:
         ImageError: If no image can be read.
     """
-    bar = progress or _no_progress
+    bar = progress or no_progress
     shown, images = embed_source_images(
         model, source, batch_size=batch_size, progress=progress, memory=memory, precision=precision
     )
@@ -200,10 +211,14 @@ def embed_source_images(
     progress: ProgressBar | None = None,
     memory: TowerMemory | None = None,
     precision: Precision = "fp32",
+    change: Change | None = None,
 ) -> tuple[Shown, Float[Tensor, "n d"]]:
-    """Return the readable samples of a source, without their images, and the embeddings of those; see `embed_source`."""
-    assert memory is None or (memory.model is model and memory.source is source)
-    bar = progress or _no_progress
+    """Return the readable samples of a source, without their images, and the embeddings of those; see `embed_source`.
+
+    With `change` the model sees changed images, as under an attack; not with a memory, which would keep what it made of others.
+    """
+    assert memory is None or (memory.model is model and memory.source is source and change is None)
+    bar = progress or no_progress
     batches = _batches(model, source, batch_size)
     seen: list[Shown] = []
     parts: list[Tensor] = []
@@ -211,7 +226,7 @@ def embed_source_images(
         for shown, images in batches if memory is None else memory.images(batches, batch_size):
             seen.append(shown)
             if images is not None:
-                parts.append(model.encode_image(images).cpu())
+                parts.append(model.encode_image(images if change is None else change(as_floats(images))).cpu())
                 advance(len(shown.rows))
     skipped = tuple(reason for shown in seen for reason in shown.skipped)
     if not parts:
@@ -284,6 +299,7 @@ def evaluation_view(model: DualEncoder, sample: Sample) -> UInt8[Tensor, "3 h w"
         raise ImageError(f"{sample.key!r}: {error}") from error
 
 
-def _no_progress(title: str, total: int) -> AbstractContextManager[Advance]:
+def no_progress(title: str, total: int) -> AbstractContextManager[Advance]:
+    """Open no progress bar."""
     del title, total
     return nullcontext(lambda done: None)

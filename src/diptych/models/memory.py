@@ -4,8 +4,6 @@ Batches are kept whole, as they were asked: kernels may round otherwise in anoth
 measured without one to the last bit.
 """
 
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -123,11 +121,8 @@ class TowerMemory:
 @contextmanager
 def remembered(model: DualEncoder, source: AbstractSource, *, gigabytes: float = 20.0) -> Iterator[TowerMemory]:
     """Open a memory that lasts as long as the context, in the folder for what was computed."""
-    folder = files.feature_folder() / f"memory-{uuid.uuid4().hex[:8]}"
-    try:
+    with files.passing_folder(files.feature_folder(), "remembered") as folder:
         yield TowerMemory(model, source, folder, gigabytes=gigabytes)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _key_of(shown: Shown) -> int:

@@ -1,11 +1,15 @@
-"""An image that is not square as overlapping squares, and maps of the squares as one map again."""
+"""An image as overlapping squares, and maps of the squares as one map again, the mean of the squares where they overlap."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.nn import functional as F
+
+from diptych.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,67 @@ class Tiles:
 
     def cut(self, image: Shaped[Tensor, "... h w"]) -> Shaped[Tensor, "tiles ... side side"]:
         """Return the squares."""
-        return torch.stack([image[..., y : y + self.side, x : x + self.side] for y, x in self.corners])
+        return _cut(image, self.corners, self.side)
 
     def merge(self, maps: Float[Tensor, "tiles ... side side"]) -> Float[Tensor, "... h w"]:
         """Return one map, the mean of the squares where they overlap."""
-        total = maps.new_zeros(*maps.shape[1:-2], self.height, self.width)
-        count = maps.new_zeros(self.height, self.width)
-        for part, (y, x) in zip(maps, self.corners, strict=True):
-            total[..., y : y + self.side, x : x + self.side] += part
-            count[y : y + self.side, x : x + self.side] += 1
-        return total / count
+        return _merge(maps, self.corners, (self.height, self.width))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Squares that slide over an image by a stride, row by row; the last of each row and column is shifted back to end with the image.
+
+    Attributes:
+        height: Of the image, at least `side`.
+        width: Of the image, at least `side`.
+        side: Of the squares.
+        stride: From one to the next, at most `side`, or places would be left out.
+    """
+
+    height: int
+    width: int
+    side: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stride <= self.side <= min(self.height, self.width):
+            raise ConfigError(
+                f"Windows need 0 < stride <= side <= sides of the image; stride is {self.stride}, side {self.side}, the image "
+                f"{self.height} x {self.width}."
+            )
+
+    @property
+    def corners(self) -> tuple[tuple[int, int], ...]:
+        """Return the top left corner of each square, (y, x)."""
+        rows, columns = (
+            [min(start, length - self.side) for start in range(0, length - self.side + self.stride, self.stride)]
+            for length in (self.height, self.width)
+        )
+        return tuple((y, x) for y in rows for x in columns)
+
+    def cut(self, image: Shaped[Tensor, "... h w"]) -> Shaped[Tensor, "windows ... side side"]:
+        """Return the squares."""
+        return _cut(image, self.corners, self.side)
+
+    def merge(self, maps: Float[Tensor, "windows ... side side"]) -> Float[Tensor, "... h w"]:
+        """Return one map, the mean of the squares where they overlap."""
+        return _merge(maps, self.corners, (self.height, self.width))
+
+
+def upsampled(values: Float[Tensor, "tiles p k"], grid: tuple[int, int], tiles: Tiles) -> Float[Tensor, "k h w"]:
+    """Return a value per patch as one per pixel: bilinear with the corner patches at the corners, then squares put together."""
+    square = values.transpose(1, 2).unflatten(2, grid)
+    return tiles.merge(F.interpolate(square, (tiles.side, tiles.side), mode="bilinear", align_corners=True))
+
+
+def _cut(image: Tensor, corners: Sequence[tuple[int, int]], side: int) -> Tensor:
+    return torch.stack([image[..., y : y + side, x : x + side] for y, x in corners])
+
+
+def _merge(maps: Tensor, corners: Sequence[tuple[int, int]], size: tuple[int, int]) -> Tensor:
+    total, count, side = maps.new_zeros(*maps.shape[1:-2], *size), maps.new_zeros(size), maps.shape[-1]
+    for part, (y, x) in zip(maps, corners, strict=True):
+        total[..., y : y + side, x : x + side] += part
+        count[y : y + side, x : x + side] += 1
+    return total / count

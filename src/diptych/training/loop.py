@@ -16,6 +16,7 @@ from diptych.models.modes import train_mode
 from diptych.models.precision import autocast, choose_precision
 from diptych.training import distributed
 from diptych.training.features import use_cache
+from diptych.training.hardening import check_hardening, hardened
 from diptych.training.levers import levers, shrink, side_at
 from diptych.training.log import MetricsLog, Stopwatch, display
 from diptych.training.optim import make_average, make_optimizer, schedule, set_learning_rate
@@ -68,6 +69,7 @@ def fit(
         for choice in choices(model, precision, recipe.speed, peak):
             screen.say(choice)
         state, sharded = _make_state(objective, loader, recipe), distributed.is_sharded(objective)
+        check_hardening(objective, recipe.harden, sharded=sharded, say=screen.say)
         start = restore(state, folder) if resume else 0
         log = MetricsLog(folder, step=start, writers=recipe.writers)
         opened.enter_context(levers(model, recipe.speed, loader, autocast(precision, device), say=screen.say))
@@ -79,10 +81,12 @@ def fit(
             lr = set_learning_rate(state.optimizer, schedule(step - 1, total, recipe.optimizer.warmup_rate))
             state.optimizer.zero_grad()
             side, last = (side_at(number, total, recipe.speed.resolutions) for number in (step, max(1, step - 1)))
-            shown = map(partial(shrink, side=side), batches)
+            casting, seed = autocast(precision, device), f"{recipe.seed} {step}"
+            sized = map(partial(shrink, side=side), batches)
+            shown = hardened(objective, sized, recipe.harden, casting, seed=seed, repeat=loader.repeat)
             with _naming(step):
                 with counting(on=step == start + 1 or side != last) as counted:
-                    losses = STEPS[recipe.step](objective, shown, recipe.accumulate, autocast(precision, device))
+                    losses = STEPS[recipe.step](objective, shown, recipe.accumulate, casting)
                 norm = _update(state, recipe.optimizer.clip_norm, step)
             flops = counted.count or flops
             watch.stop(flops)

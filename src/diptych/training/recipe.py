@@ -6,6 +6,7 @@ from typing import Any, Generic, Literal, TypeVar
 from diptych.data.loader import LoaderConfig
 from diptych.models.build import DualConfig
 from diptych.models.dual import TowerMode
+from diptych.models.pgd import PGDConfig
 from diptych.models.precision import Precision
 from diptych.training.distributed import Sharding
 from diptych.training.levers import SpeedConfig
@@ -61,6 +62,8 @@ class Recipe(Generic[C]):
         log_every: Steps between log rows.
         precision: `auto` takes bf16 autocast where the processor has it.
         speed: What makes steps cheaper.
+        harden: Where its eps is above 0, steps are taken on images moved by at most so many levels of 255, against the loss (adversarial
+            training). Each step then costs 1 + `harden.steps` of them.
         device: `auto` takes a GPU if there is one.
         seed: Of weights, order and augmentation.
         writers: Further places for the log; metrics.jsonl is always written.
@@ -81,6 +84,7 @@ class Recipe(Generic[C]):
     log_every: int = 10
     precision: Precision = "auto"
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    harden: PGDConfig = field(default_factory=lambda: PGDConfig(steps=3, step_size=0.5))
     device: str = "auto"
     seed: int = 0
     writers: tuple[Writer, ...] = ()

@@ -224,6 +224,11 @@ def restore(state: RunState, folder: Path) -> int:
             f"{source} was saved by a run with other parameters (first difference: {strange[0]}). "
             "Resume with the recipe.json of that run, or start a new run in another folder."
         )
+    if absent := [name for name in ("step", "position", "skipped", "batch") if name not in record]:
+        raise CheckpointError(
+            f"{source / 'training.json'} does not say {', '.join(absent)}: an older version of diptych wrote it. Its model can be used; start a "
+            "new run from it in another folder."
+        )
     if record["batch"] != _batch(state.loader):
         raise CheckpointError(
             f"{source} was saved by a run with batches of {record['batch']} over all processes; now they hold {_batch(state.loader)}. With "

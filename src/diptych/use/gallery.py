@@ -118,7 +118,7 @@ def retrieval_cards(
                 for j in scores[row].topk(min(5, len(spoken))).indices.tolist()
             ),
         )
-        for row in _choose([right(row, nearest_text[row]) for row in rows], rows, count, seed)
+        for row in half_and_half([right(row, nearest_text[row]) for row in rows], rows, count, seed)
     ]
     backward = [
         Card(
@@ -129,12 +129,12 @@ def retrieval_cards(
                 for i in scores[:, j].topk(min(5, len(scores))).indices.tolist()
             ),
         )
-        for j in _choose([right(i, j) for j, i in enumerate(nearest_image)], range(len(spoken)), count, seed + 1)
+        for j in half_and_half([right(i, j) for j, i in enumerate(nearest_image)], range(len(spoken)), count, seed + 1)
     ]
     return forward, backward
 
 
-def _choose(hit: Sequence[bool], rows: Sequence[int], count: int, seed: int) -> list[int]:
+def half_and_half(hit: Sequence[bool], rows: Sequence[int], count: int, seed: int) -> list[int]:
     """Return about `count` rows, half of them hits and half misses, as far as there are any; hits first."""
     rng = np.random.default_rng(seed)
     hits = [row for row, good in zip(rows, hit, strict=True) if good]

@@ -1,7 +1,9 @@
-"""Numbers laid over a picture: heat where they are high, outlines of masks."""
+"""Numbers laid over a picture: heat where they are high, a colour for each class, outlines of masks."""
+
+import colorsys
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 
 HEAT = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
@@ -44,3 +46,31 @@ def outlined(image: Image.Image, mask: Bool[np.ndarray, "h w"], *, colour: tuple
     pixels = np.array(image)
     pixels[grown & ~mask] = colour
     return Image.fromarray(pixels)
+
+
+def class_colours(count: int) -> UInt8[np.ndarray, "count 3"]:
+    """Return a colour for each class, neighbours far apart in hue: each is turned by the golden angle from the one before."""
+    hues = (np.arange(count) * 0.6180339887 + 0.02) % 1
+    lights = np.tile([0.45, 0.62, 0.35], count)[:count]
+    colours = [colorsys.hls_to_rgb(hue, light, 0.8) for hue, light in zip(hues.tolist(), lights.tolist(), strict=True)]
+    return (255 * np.array(colours).reshape(count, 3)).round().astype(np.uint8)
+
+
+def class_overlay(
+    image: Image.Image,
+    labels: Int64[np.ndarray, "h w"],
+    colours: UInt8[np.ndarray, "count 3"],
+    *,
+    strength: float = 0.6,
+) -> Image.Image:
+    """Return a picture under the colours of its classes; a negative label leaves a pixel as it is.
+
+    Args:
+        image: RGB.
+        labels: One per pixel; row of `colours`.
+        colours: Such as `class_colours`.
+        strength: Share of the colour in the mixture, in [0, 1].
+    """
+    pixels = np.array(image)
+    tinted = (1 - strength) * pixels + strength * colours[labels.clip(0)]
+    return Image.fromarray(np.where((labels >= 0)[..., None], tinted.round(), pixels).astype(np.uint8))

@@ -36,7 +36,7 @@ li.right { color: var(--good); font-weight: 600; } .tag { font-size: .78rem; fon
 .strip img { width: 100%; aspect-ratio: 1; border: 2px solid transparent; }
 .strip .right img { border-color: var(--good); } figcaption { font-size: .74rem; color: var(--soft); overflow-wrap: anywhere; line-height: 1.25; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-@media (max-width: 560px) { td.bar { display: none; } }
+@media (max-width: 560px) { .bar { display: none; } td.number small { display: block; } }
 """
 
 
@@ -92,12 +92,11 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
 def interval_table(rows: Iterable[tuple[str, Interval, float | None]]) -> str:
     """Return a table of measured shares with their intervals drawn as bars from 0 to 1; the third value is the one at chance."""
     cells = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number"><strong>{value.value:.3f}</strong> '
-        f'<small>{value.low:.3f} to {value.high:.3f}</small></td><td class="bar">{_bar(value)}</td>'
+        f'<tr><td>{escape(name)}</td><td class="number">{_number(value, "")}</td><td class="bar">{_bar(value)}</td>'
         f'<td class="number soft">{"" if chance is None else f"{chance:.3f}"}</td></tr>'
         for name, value, chance in rows
     )
-    return f"<table><tr><th></th><th>value, 95 % interval</th><th></th><th>at chance</th></tr>{cells}</table>"
+    return f"<table><tr><th></th><th>value, 95 % interval</th><th class='bar'></th><th>at chance</th></tr>{cells}</table>"
 
 
 def _bar(value: Interval) -> str:
@@ -107,6 +106,35 @@ def _bar(value: Interval) -> str:
         f'<rect x="0" y="6" width="{x}" height="4" rx="2" fill="var(--right)"/>'
         f'<line x1="{low}" x2="{high}" y1="8" y2="8" stroke="var(--ink)" stroke-width="1.5"/>'
         f'<circle cx="{x}" cy="8" r="4" fill="var(--right)"/></svg>'
+    )
+
+
+def difference_table(rows: Sequence[tuple[str, Interval, Interval | None]]) -> str:
+    """Return a table of values and of their differences to one of them; these are drawn around 0, hollow where their interval holds it."""
+    differences = [difference for _, _, difference in rows if difference is not None]
+    reach = max((abs(end) for each in differences for end in (each.low, each.high)), default=0.0) or 1.0
+    cells = "".join(
+        f'<tr><td>{escape(name)}</td><td class="number">{_number(value, "")}</td>'
+        + ("<td></td><td class='bar'></td>" if difference is None else _difference(difference, reach))
+        + "</tr>"
+        for name, value, difference in rows
+    )
+    head = "<th></th><th>value, 95 % interval</th><th>difference, 95 % interval</th><th class='bar'></th>"
+    return f"<table><tr>{head}</tr>{cells}</table>"
+
+
+def _number(value: Interval, sign: str) -> str:
+    return f"<strong>{value.value:{sign}.3f}</strong> <small>{value.low:{sign}.3f} to {value.high:{sign}.3f}</small>"
+
+
+def _difference(value: Interval, reach: float) -> str:
+    x, low, high = (f"{100 + 94 * v / reach:.1f}" for v in (value.value, value.low, value.high))
+    fill = "var(--paper)" if value.low <= 0 <= value.high else "var(--right)"
+    return (
+        f'<td class="number">{_number(value, "+")}</td><td class="bar"><svg viewBox="0 0 200 16" role="img" aria-label="{value}">'
+        f'<line x1="100" x2="100" y1="0" y2="16" stroke="var(--soft)"/>'
+        f'<line x1="{low}" x2="{high}" y1="8" y2="8" stroke="var(--ink)" stroke-width="1.5"/>'
+        f'<circle cx="{x}" cy="8" r="4" fill="{fill}" stroke="var(--right)" stroke-width="1.5"/></svg></td>'
     )
 
 

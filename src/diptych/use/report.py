@@ -10,7 +10,22 @@ from diptych.evaluation.guard import Curve
 from diptych.files import atomic_file
 from diptych.types import Interval
 from diptych.use.gallery import Card, render
-from diptych.use.page import Line, facts, interval_table, line_chart, page
+from diptych.use.page import Line, difference_table, facts, interval_table, line_chart, page
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Versions of one thing beside it.
+
+    Attributes:
+        title: One line.
+        lead: What was compared how, and what came out.
+        rows: (name, value, difference to the first row), the first row without one.
+    """
+
+    title: str
+    lead: str
+    rows: Sequence[tuple[str, Interval, Interval | None]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class RunSummary:
         facts: Name and value, by section.
         notes: Sentences, such as the doctor's findings.
         curve: What was learnt and what was kept, along the mixes of the weights before and after.
+        comparison: What the parts of the recipe are worth, from an earlier measurement.
     """
 
     title: str
@@ -38,6 +54,7 @@ class RunSummary:
     facts: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     curve: Curve | None = None
+    comparison: Comparison | None = None
 
 
 def write_report(path: Path, run: RunSummary) -> None:
@@ -62,6 +79,9 @@ def render_report(run: RunSummary) -> str:
         body.append(render(run.text_to_image))
     if run.curve is not None:
         body.append(_kept(run.curve))
+    if run.comparison is not None:
+        lead = f"<p class='lead'>{escape(run.comparison.lead)}</p>"
+        body.append(f"<h2>{escape(run.comparison.title)}</h2>{lead}{difference_table(run.comparison.rows)}")
     for name, rows in run.facts.items():
         body.append(f"<h2>{escape(name)}</h2>{facts(rows)}")
     if run.notes:
