@@ -112,7 +112,9 @@ METHODS: Mapping[str, Method] = {
             "2303.06628",
             "reproduced",
         ),
-        Method("gama", "attack", "GAMA: multi-object scene attacks", "Aich et al., NeurIPS 2022", "2209.09502", "works"),
+        Method(
+            "gama", "attack", "GAMA: multi-object scene attacks", "Aich et al., NeurIPS 2022", "2209.09502", "works"
+        ),
         Method(
             "sevlm",
             "objective",
@@ -127,10 +129,15 @@ METHODS: Mapping[str, Method] = {
             "Brain encoding of vision-language models",
             "Subramaniam et al., ICML 2024",
             "2406.14481",
-            "works",
+            "reproduced",
         ),
         Method(
-            "clippings", "objective", "CLIPPINGS: record linkage", "Arora et al., arXiv 2023", "2304.03464", "works"
+            "clippings",
+            "objective",
+            "CLIPPINGS: record linkage",
+            "Arora et al., arXiv 2023",
+            "2304.03464",
+            "not reproduced",
         ),
         Method("regionspot", "adapter", "RegionSpot: recognise any region", "Yang et al., NeurIPS 2024", "2311.01373"),
         Method(

@@ -96,7 +96,9 @@ def interval_table(rows: Iterable[tuple[str, Interval, float | None]]) -> str:
         f'<td class="number soft">{"" if chance is None else f"{chance:.3f}"}</td></tr>'
         for name, value, chance in rows
     )
-    return f"<table><tr><th></th><th>value, 95 % interval</th><th class='bar'></th><th>at chance</th></tr>{cells}</table>"
+    return (
+        f"<table><tr><th></th><th>value, 95 % interval</th><th class='bar'></th><th>at chance</th></tr>{cells}</table>"
+    )
 
 
 def _bar(value: Interval) -> str:
