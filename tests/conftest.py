@@ -78,6 +78,15 @@ def make_model():
     return make
 
 
+@pytest.fixture(scope="module")
+def saved_model(make_model, tmp_path_factory) -> str:
+    """Return the folder of a small model with random weights, as a user would name it."""
+    from diptych.models.checkpoint import save_model
+
+    save_model(make_model(), folder := tmp_path_factory.mktemp("model"))
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def drawings():
     """Return a function that gives `count` drawn samples, each of another colour or shape, with captions that say so."""

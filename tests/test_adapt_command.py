@@ -10,19 +10,12 @@ from diptych.cli import main
 from diptych.data.sources import Columns
 from diptych.errors import ConfigError
 from diptych.methods import anovl, ip_clip
-from diptych.models.checkpoint import save_model
 from diptych.models.weights import load
 from tiny_run import write_photos
 
 SMALL = ip_clip.Config(
     authorised="day", hidden=4, image_tokens=1, domain_repeats=1, batch_size=4, epochs=2, precision="fp32"
 )
-
-
-@pytest.fixture(scope="module")
-def model(make_model, tmp_path_factory) -> str:
-    save_model(make_model(), folder := tmp_path_factory.mktemp("model"))
-    return str(folder)
 
 
 @pytest.fixture
@@ -43,27 +36,29 @@ def table(tmp_path, drawings) -> str:
 COLUMNS = Columns(image="image", label="label", domain="domain", texts=())
 
 
-def test_what_was_learnt_is_saved_and_measured(table, model, tmp_path, capsys):
-    report = commands.adapt(table, settings=SMALL, model=model, out=tmp_path / "fence", columns=COLUMNS)
+def test_what_was_learnt_is_saved_and_measured(table, saved_model, tmp_path, capsys):
+    report = commands.adapt(table, settings=SMALL, model=saved_model, out=tmp_path / "fence", columns=COLUMNS)
     assert {"zero-shot", "learnt", "learnt minus zero-shot", "learnt, day", "learnt, night"} <= set(report.metrics)
     said = capsys.readouterr().err
     assert "Learning from 38 samples" in said and "10 samples that were not learnt on" in said
-    found = ip_clip.read_predictor(tmp_path / "fence", load(model))
+    found = ip_clip.read_predictor(tmp_path / "fence", load(saved_model))
     assert found.classes == ("circle", "square") and found.projector.config == SMALL
 
 
-def test_from_the_command_line_with_the_settings_of_the_method(table, model, tmp_path, capsys):
+def test_from_the_command_line_with_the_settings_of_the_method(table, saved_model, tmp_path, capsys):
     flags = ["--authorised", "day", "--hidden", "4", "--batch-size", "4", "--epochs", "1", "--precision", "fp32"]
-    where = ["--model", model, "--out", str(tmp_path / "fence"), "--evaluate-on", table]
+    where = ["--model", saved_model, "--out", str(tmp_path / "fence"), "--evaluate-on", table]
     columns = [word for name in ("image", "label", "domain") for word in (f"--columns.{name}", name)]
     with pytest.raises(SystemExit) as stop:
         main(["adapt", table, *flags, *where, *columns])
     assert stop.value.code == 0
     assert "learnt minus zero-shot, night" in capsys.readouterr().err
-    assert ip_clip.read_predictor(tmp_path / "fence", load(model)).projector.config.authorised == "day"
+    assert ip_clip.read_predictor(tmp_path / "fence", load(saved_model)).projector.config.authorised == "day"
 
 
-def test_adapters_that_keep_nothing_are_refused(table, model, tmp_path):
+def test_adapters_that_keep_nothing_are_refused(table, saved_model, tmp_path):
     with pytest.raises(ConfigError, match="What anovl makes is no classifier"):
-        commands.adapt(table, settings=anovl.Config(), method="anovl", model=model, out=tmp_path / "a", columns=COLUMNS)
+        commands.adapt(
+            table, settings=anovl.Config(), method="anovl", model=saved_model, out=tmp_path / "a", columns=COLUMNS
+        )
     assert not (tmp_path / "a").exists()

@@ -11,13 +11,6 @@ from diptych.commands import inspecting
 from diptych.data.planted import planted_defects
 from diptych.errors import DataError
 from diptych.methods.anovl import Config
-from diptych.models.checkpoint import save_model
-
-
-@pytest.fixture(scope="module")
-def model(make_model, tmp_path_factory) -> str:
-    save_model(make_model(), folder := tmp_path_factory.mktemp("model"))
-    return str(folder)
 
 
 @pytest.fixture
@@ -31,10 +24,10 @@ def photos(tmp_path):
     return folder
 
 
-def test_pictures_without_masks_are_scored_and_shown(photos, model, tmp_path, capsys):
+def test_pictures_without_masks_are_scored_and_shown(photos, saved_model, tmp_path, capsys):
     out, html = tmp_path / "found", tmp_path / "found.html"
     settings = Config(product="bottle", steps=1)
-    assert commands.anomaly(str(photos), model=model, detector=settings, out=out, html=html) == {}
+    assert commands.anomaly(str(photos), model=saved_model, detector=settings, out=out, html=html) == {}
     said = capsys.readouterr()
     scores = [float(line.split()[0]) for line in said.out.splitlines()]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True)
@@ -51,10 +44,10 @@ def test_pictures_without_masks_are_scored_and_shown(photos, model, tmp_path, ca
     assert page.count("data:image/webp") == 6 and "bottle" in page and "cannot be used" in page
 
 
-def test_masks_are_measured_class_by_class(model, tmp_path, capsys, monkeypatch):
+def test_masks_are_measured_class_by_class(saved_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(inspecting, "open_source", lambda *rest, **more: planted_defects(count=48, size=16))
     found = commands.anomaly(
-        "planted-defects", model=model, detector=Config(steps=0), html=tmp_path / "a.html", count=5
+        "planted-defects", model=saved_model, detector=Config(steps=0), html=tmp_path / "a.html", count=5
     )
     assert set(found) == {sample.domain for sample in planted_defects(count=12)}
     assert all(set(one.headline()) == {"image_auroc", "image_ap", "pixel_auroc", "aupro"} for one in found.values())
@@ -63,8 +56,8 @@ def test_masks_are_measured_class_by_class(model, tmp_path, capsys, monkeypatch)
     assert page.count("data:image/webp") == 10 and "mean of 12" in page
 
 
-def test_a_folder_without_pictures(tmp_path, model):
+def test_a_folder_without_pictures(tmp_path, saved_model):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match="No picture of broken could be read"):
-        commands.anomaly(str(tmp_path / "broken"), model=model)
+        commands.anomaly(str(tmp_path / "broken"), model=saved_model)

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from diptych.files import atomic_file, atomic_folder, cache_folder, passing_folder, replace_between, surviving
+from diptych.files import (
+    atomic_file,
+    atomic_folder,
+    cache_folder,
+    passing_folder,
+    replace_between,
+    surviving,
+    write_text,
+)
 
 
 def write(folder: Path, word: str) -> None:
@@ -35,6 +43,15 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
         file.write_text("newer")
         assert path.read_text() == "whole"
     assert path.read_text() == "newer" and names(path.parent) == ["x.npy"]
+
+
+def test_text_is_written_whole_and_in_utf8(tmp_path, monkeypatch):
+    write_text(path := tmp_path / "new" / "x.txt", "Ä\n")
+    assert path.read_bytes() == "Ä\n".encode() and names(path.parent) == ["x.txt"]
+    monkeypatch.setattr("diptych.files._to_disk", lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        write_text(path, "newer")
+    assert path.read_text(encoding="utf-8") == "Ä\n" and names(path.parent) == ["x.txt"]
 
 
 def test_a_folder_appears_only_when_it_is_whole(tmp_path):

@@ -11,15 +11,8 @@ from diptych.commands import segmenting
 from diptych.data.scenes import SceneConfig, scenes
 from diptych.errors import DataError
 from diptych.methods.trident import Config
-from diptych.models.checkpoint import save_model
 
 SETTINGS = Config(prompts="name", least_area=4)
-
-
-@pytest.fixture(scope="module")
-def model(make_model, tmp_path_factory) -> str:
-    save_model(make_model(), folder := tmp_path_factory.mktemp("model"))
-    return str(folder)
 
 
 @pytest.fixture
@@ -33,21 +26,24 @@ def photos(tmp_path):
     return folder
 
 
-def test_one_picture(photos, model, capsys):
-    assert commands.segment(str(photos / "a.png"), labels="red,a blue square", model=model, settings=SETTINGS) is None
+def test_one_picture(photos, saved_model, capsys):
+    assert (
+        commands.segment(str(photos / "a.png"), labels="red,a blue square", model=saved_model, settings=SETTINGS)
+        is None
+    )
     said = capsys.readouterr()
     key, shares = said.out.strip().split("  ")
     assert key == "a.png" and "values of the image tower" in said.err
     assert sum(float(part.split()[-1]) for part in shares.split(", ")) == pytest.approx(1, abs=0.002)
 
 
-def test_a_folder_becomes_masks_pictures_and_a_page(photos, model, tmp_path, capsys):
+def test_a_folder_becomes_masks_pictures_and_a_page(photos, saved_model, tmp_path, capsys):
     out, html = tmp_path / "found", tmp_path / "found.html"
     commands.segment(
         str(photos),
         labels="red, a <blue> square",
         background="sky,wall",
-        model=model,
+        model=saved_model,
         settings=SETTINGS,
         out=out,
         html=html,
@@ -70,11 +66,11 @@ def test_a_folder_becomes_masks_pictures_and_a_page(photos, model, tmp_path, cap
     assert "cannot be used" in page and "like colours" in page
 
 
-def test_masks_are_measured(model, tmp_path, capsys, monkeypatch):
+def test_masks_are_measured(saved_model, tmp_path, capsys, monkeypatch):
     source = scenes("test", count=4, config=SceneConfig(size=48, nouns=4, things=(1, 2)))
     monkeypatch.setattr(segmenting, "open_source", lambda *rest, **more: source)
     found = commands.segment(
-        "scenes:test", background="sky", model=model, settings=SETTINGS, html=tmp_path / "a.html", count=3
+        "scenes:test", background="sky", model=saved_model, settings=SETTINGS, html=tmp_path / "a.html", count=3
     )
     assert found.images == 4 and set(found.headline()) == {"miou", "foreground_miou", "pixel_accuracy"}
     assert "background" in found.iou and set(found.iou) <= {"background", "cat", "dog", "horse", "cow"}
@@ -83,10 +79,10 @@ def test_masks_are_measured(model, tmp_path, capsys, monkeypatch):
     assert page.count("data:image/webp") == 9 and "at chance" in page
 
 
-def test_nothing_that_can_be_read(tmp_path, model):
+def test_nothing_that_can_be_read(tmp_path, saved_model):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match="No picture of broken could be read"):
-        commands.segment(str(tmp_path / "broken"), labels="a,b", model=model)
+        commands.segment(str(tmp_path / "broken"), labels="a,b", model=saved_model)
     with pytest.raises(DataError, match="Name labels"):
-        commands.segment(str(tmp_path / "broken"), model=model)
+        commands.segment(str(tmp_path / "broken"), model=saved_model)

@@ -23,6 +23,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; it replaces `folder` when the context ends well and vanishes when it does not.
@@ -94,8 +100,7 @@ def replace_between(path: Path, start: str, end: str, text: str) -> bool:
     inside = f"{start}\n\n{text}\n\n{end}"
     new, count = re.subn(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: inside, old, count=1, flags=re.DOTALL)
     if new != old:
-        with atomic_file(path) as file:
-            file.write_text(new, encoding="utf-8")
+        write_text(path, new)
     return bool(count)
 
 

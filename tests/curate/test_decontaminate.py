@@ -1,10 +1,8 @@
-import io
-
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
+from by_hand import cloud, encoded
 from diptych.curate import decontaminate
 from diptych.curate.decontaminate import (
     NEAR_IMAGE,
@@ -18,17 +16,6 @@ from diptych.data.sources import open_source
 from diptych.errors import ConfigError, DataError
 
 HELD_OUT = "Two brown dogs are running along the wet beach at dawn"
-
-
-def cloud(seed: int) -> Image.Image:
-    """Return a smooth random image, as photos are."""
-    rough = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(rough).resize((96, 64), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, format_: str = "PNG", **options) -> bytes:
-    image.save(file := io.BytesIO(), format_, **options)
-    return file.getvalue()
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """The steps that look at pairs, one behind the other in the pipeline."""
 
-import io
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
+from by_hand import cloud, encoded
 from diptych.curate.balance import row_uniforms
 from diptych.curate.decontaminate import SAME_IMAGE, DecontaminationConfig
 from diptych.curate.duplicates import SIMILAR_IMAGE, SIMILAR_TEXT, ImageDuplicatesConfig, TextDuplicatesConfig
@@ -17,17 +16,6 @@ from diptych.curate.language import LanguageConfig
 from diptych.curate.pictures import NO_IMAGE, UNREADABLE
 from diptych.curate.pipeline import CurateConfig, curate_source
 from diptych.curate.scores import LOW_SCORE, ScoreConfig
-
-
-def cloud(seed: int) -> Image.Image:
-    """Return a smooth random image, as photos are."""
-    rough = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(rough).resize((96, 64), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, format_: str = "PNG", **options) -> bytes:
-    image.save(file := io.BytesIO(), format_, **options)
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from diptych.data.bundles import BUNDLES, bundle, class_names, prompts_of
+from diptych.data.bundles import BUNDLES, bundle, class_names, half, prompts_of
 from diptych.data.columns import Columns
 from diptych.data.images import decode
 from diptych.data.sources import from_table, open_source
@@ -105,3 +105,17 @@ def test_what_is_in_them(data):
     assert chest[0].group == chest[1].group == chest[2].group == "p0716d970"
     with pytest.raises(ColumnError, match=r"no column tells parts apart"):
         bundle("pacs", "train")
+
+
+def test_halves_are_all_together_and_keep_what_belongs_together():
+    items = [f"{thing}-{photo}" for thing in range(40) for photo in range(3)]
+    halves = {split: half(items, "things", split, lambda item: item.split("-")[0]) for split in ("validation", "test")}
+    assert [name for _, name in halves.values()] == ["things:validation", "things:test"]
+    first, second = ({item.split("-")[0] for item in found} for found, _ in halves.values())
+    assert not first & second and len(first) > 5 and len(second) > 5
+    assert sorted(halves["validation"][0] + halves["test"][0]) == sorted(items)
+    alone, _ = half(items[:3], "things", "test", lambda item: item.split("-")[0])
+    assert alone == (items[:3] if "0" in second else [])  # whatever the others are
+    assert half(items, "things", None, str) == (items, "things")
+    with pytest.raises(DataError, match="things has no split 'train'"):
+        half(items, "things", "train", str)

@@ -6,11 +6,11 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from by_hand import doubles
 from diptych.claims.claim import Trial
 from diptych.claims.reproduce import check
 from diptych.errors import ConfigError
@@ -35,11 +35,6 @@ from diptych.models.weights import convert, load
 from diptych.types import Batch
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
-
-
-def tensors(case: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return the numbers of a case in float64."""
-    return {name: torch.from_numpy(a).double() for name, a in case.items() if a.dtype.kind in "fiu"}
 
 
 def batch(images: torch.Tensor) -> Batch:
@@ -92,13 +87,13 @@ def test_anchors_of_a_model_are_means_over_all_prompts(make_model):
 
 
 def test_the_official_image_score(golden):
-    case = tensors(golden("anovl", "score"))
+    case = doubles(golden("anovl", "score"))
     found = cosines(case["pooled_all_tokens"][:, 0], case["anchors"]).softmax(-1)[:, 1].mean()
     torch.testing.assert_close(found, case["image_score"], **EXACT)
 
 
 def test_the_official_loss(golden):
-    case = tensors(golden("anovl", "loss"))
+    case = doubles(golden("anovl", "loss"))
     probabilities = case["probs"].requires_grad_()
     clean, corrupted = probabilities.log().movedim(-1, 1)
     loss = adaptation_loss(clean, corrupted)
@@ -109,12 +104,12 @@ def test_the_official_loss(golden):
 
 def test_the_official_adaptation_of_two_images(golden):
     """The optimiser goes on from the first image to the second, as it does officially."""
-    shared = tensors(golden("anovl", "tta"))
+    shared = doubles(golden("anovl", "tta"))
     tiles, grid, anchors = Tiles(12, 15), (4, 4), shared["anchors"]
     adapter = NoiseAdapter(8, 0.5).double()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=0.01)
     for name in ("tta.image0", "tta.image1"):
-        case = tensors(golden("anovl", name))
+        case = doubles(golden("anovl", name))
         with torch.no_grad():
             adapter.linear.weight.copy_(case["weight_init"])
             adapter.linear.bias.copy_(case["bias_init"])

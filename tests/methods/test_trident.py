@@ -4,11 +4,11 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from by_hand import doubles
 from diptych.claims.claim import Trial
 from diptych.claims.reproduce import check
 from diptych.errors import ConfigError, EvaluationError
@@ -37,11 +37,6 @@ from diptych.models.weights import convert, load
 from diptych.types import Batch
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
-
-
-def tensors(case: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Return the numbers of a case in float64."""
-    return {name: torch.from_numpy(a).double() for name, a in case.items() if a.dtype.kind in "fiu"}
 
 
 def picture(height: int = 24, width: int = 32, seed: int = 0) -> torch.Tensor:
@@ -114,7 +109,7 @@ def official_tower(case: dict[str, torch.Tensor]) -> VisionTransformer:
 
 @torch.no_grad()
 def test_the_official_pipeline_from_windows_to_logits(golden, make_model):
-    case = tensors(golden("trident", "pipeline"))
+    case = doubles(golden("trident", "pipeline"))
     model = make_model().double()
     model.vision = official_tower(case)
     model.image_head.linear = torch.nn.Linear(16, 8, bias=False).double()
@@ -144,7 +139,7 @@ def test_the_official_pipeline_from_windows_to_logits(golden, make_model):
 
 def test_the_official_classes(golden):
     numbers = golden("trident", "post")
-    case = tensors(numbers)
+    case = doubles(numbers)
     words = int((case["query_class"] == 0).sum())
     found = probabilities_of(case["logits"], words, scale=float(case["logit_scale"]))
     torch.testing.assert_close(found, case["probs"], **EXACT)

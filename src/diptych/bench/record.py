@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.config import from_json, read_json, to_json
-from diptych.files import atomic_file, replace_between
+from diptych.files import replace_between, write_text
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,8 @@ class Record:
 def write_record(record: Record, folder: Path) -> Path:
     """Write <area>.json and <area>.md; return the first."""
     path = folder / f"{record.area}.json"
-    with atomic_file(path) as file:
-        file.write_text(json.dumps(to_json(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with atomic_file(folder / f"{record.area}.md") as file:
-        file.write_text(markdown(record) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(to_json(record), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / f"{record.area}.md", markdown(record) + "\n")
     return path
 
 

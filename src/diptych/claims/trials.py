@@ -17,7 +17,7 @@ from diptych.claims.version import code_version
 from diptych.config import fingerprint, from_json
 from diptych.data.sources import AbstractSource, open_source
 from diptych.errors import ConfigError, TrainingError
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.models.dual import DualEncoder
 from diptych.training.log import read_rows
 from diptych.training.recipe import Recipe
@@ -85,8 +85,7 @@ class Bench:
         self._trained = dict[tuple[str, int, int], tuple[AbstractSource, DualEncoder, int]]()
         rows = read_rows(log)
         if log.exists():  # a line cut short by a kill would spoil the one after it
-            with atomic_file(log) as path:
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
         self._found = {outcome.question: outcome for outcome in map(_read, rows) if outcome is not None}
 
     def find(self, claim: Claim, arm: Arm, seed: int, split: Split, changes: Mapping[str, Any]) -> Outcome | None:

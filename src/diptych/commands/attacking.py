@@ -1,17 +1,16 @@
 """`attack`: how little it takes to mislead a model, and whether that misleads others too."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from diptych.commands.records import write_json
+from diptych.commands.records import give_json
 from diptych.commands.terminal import chosen, progress, say
 from diptych.data.bundles import prompts_of
 from diptych.data.sources import Columns, open_source
 from diptych.evaluation.attack import AttackReport, measure_attack
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.methods import load_method
 from diptych.models.perturbation import LEVELS
 from diptych.models.precision import Precision
@@ -104,12 +103,8 @@ def attack(
             "afterwards; random noise of the same size stands beside it. Intervals are of 95 %.",
             settings=[(name, str(value)) for name, value in known.items()],
         )
-        with atomic_file(html) as file:
-            file.write_text(text, encoding="utf-8")
+        write_text(html, text)
         say(f"Numbers and pictures are in {html}.")
     record = {name: report.to_json() for name, report in reports.items()}
-    if json_out == "-":
-        print(json.dumps(record, indent=2))
-    elif json_out is not None:
-        write_json(Path(json_out), record)
+    give_json(record, json_out)
     return reports

@@ -14,7 +14,7 @@ from diptych.curate.pipeline import CurateConfig, curate_source
 from diptych.curate.rewrite import RewriteConfig, rewrite_source
 from diptych.curate.summary import Summary, markdown
 from diptych.data.sources import Columns, open_source
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.use.curation import curation_page
 
 
@@ -50,8 +50,7 @@ def curate(
 
         summary = curate_source(source, out, steps, columns=columns, engine=worker, advance=advance)
     for name, text in (("report.md", markdown(summary)), ("report.html", curation_page(summary))):
-        with atomic_file(out / name) as file:
-            file.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     for one in summary.reasons:
         say(f"{one.count:>14,}  {one.reason}")
     say(

@@ -1,13 +1,12 @@
 """`evaluate`: what a model can do, with intervals."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from diptych.commands.records import write_json
+from diptych.commands.records import give_json
 from diptych.commands.terminal import chosen, progress, say
 from diptych.data.bundles import prompts_of
 from diptych.data.sources import Columns, open_source
@@ -15,7 +14,7 @@ from diptych.errors import ConfigError
 from diptych.evaluation.languages import evaluate_languages
 from diptych.evaluation.robustness import Audit, RobustnessConfig, audit
 from diptych.evaluation.run import Evaluation, Task, compare, evaluate_model
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.models.dual import DualEncoder
 from diptych.models.memory import TowerMemory, remembered
 from diptych.models.precision import Precision
@@ -123,10 +122,7 @@ def evaluate(
         record["languages"] = table.to_json()
         for line in table.lines():
             say(line)
-    if json_out == "-":
-        print(json.dumps(record, indent=2))
-    elif json_out is not None:
-        write_json(Path(json_out), record)
+    give_json(record, json_out)
     return found
 
 
@@ -135,8 +131,7 @@ def _show_audit(found: Audit, card: Path | None) -> None:
     for line in found.lines():
         say(line)
     if card is not None:
-        with atomic_file(card) as path:
-            path.write_text(audit_page(found) if card.suffix == ".html" else audit_markdown(found), encoding="utf-8")
+        write_text(card, audit_page(found) if card.suffix == ".html" else audit_markdown(found))
         say(f"The audit card is {card}.")
 
 

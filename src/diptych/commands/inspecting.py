@@ -14,7 +14,7 @@ from diptych.data.images import decode
 from diptych.data.sources import AbstractSource, Columns, open_source
 from diptych.errors import DataError
 from diptych.evaluation.anomaly import Anomaly, Found, class_means, detect, measure_found
-from diptych.files import atomic_file, atomic_folder
+from diptych.files import atomic_folder, write_text
 from diptych.methods.anovl import Adapter, Config, Detector
 from diptych.models.dense import choose_tokens
 from diptych.models.dual import DualEncoder
@@ -78,8 +78,7 @@ def anomaly(
             settings=[("model", model), *((name, str(value)) for name, value in vars(detector).items())],
             notes=found.skipped,
         )
-        with atomic_file(html) as file:
-            file.write_text(page, encoding="utf-8")
+        write_text(html, page)
         say(f"The pictures are in {html}.")
     return measured
 

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from diptych.commands.terminal import chosen, progress, say
 from diptych.data.ocr import read_line, read_text
 from diptych.data.sources import AbstractSource, Columns, open_source
-from diptych.files import atomic_file
+from diptych.files import atomic_file, write_text
 from diptych.models.dual import DualEncoder
 from diptych.models.weights import load
 from diptych.use.gallery import Card, render
@@ -167,6 +167,5 @@ def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def _write_page(path: Path, title: str, lead: str, cards: Sequence[Card]) -> None:
-    with atomic_file(path) as file:
-        file.write_text(page(title, f'<h1>{title}</h1><p class="lead">{lead}</p>{render(cards)}'), encoding="utf-8")
+    write_text(path, page(title, f'<h1>{title}</h1><p class="lead">{lead}</p>{render(cards)}'))
     say(f"The pictures are in {path}.")

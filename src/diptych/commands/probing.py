@@ -1,13 +1,11 @@
 """`probe`: what a model's layers say, beside what something else says."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from diptych.commands.records import write_json
+from diptych.commands.records import give_json
 from diptych.commands.terminal import chosen, say
 from diptych.data.sources import Columns, open_source
 from diptych.methods import load_method
@@ -44,8 +42,5 @@ def probe(
     for note in report.notes:
         say(f"  {note}")
     record = asdict(report)
-    if json_out == "-":
-        print(json.dumps(record, indent=2))
-    elif json_out is not None:
-        write_json(Path(json_out), record)
+    give_json(record, json_out)
     return report

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.training import distributed
 
 _PACKAGES = ("diptych", "torch", "torchvision", "timm", "tokenizers", "numpy", "pillow")
@@ -16,8 +16,15 @@ def write_json(path: Path, record: Any) -> None:
     """Write plain JSON values to a file, whole or not at all; of several processes the first one does."""
     if not distributed.is_first():
         return
-    with atomic_file(path) as file:
-        file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def give_json(record: Any, where: str | None) -> None:
+    """Write plain JSON values to a file, or print them where it is `-`; do nothing where it is None."""
+    if where == "-":
+        print(json.dumps(record, indent=2))
+    elif where is not None:
+        write_json(Path(where), record)
 
 
 def versions() -> dict[str, str]:

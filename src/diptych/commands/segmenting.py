@@ -16,7 +16,7 @@ from diptych.data.images import FORMATS, decode
 from diptych.data.sources import AbstractSource, Columns, Listed, open_source
 from diptych.errors import DataError
 from diptych.evaluation.segmentation import BACKGROUND, Said, Segmentation, Vocabulary, measure_said, segment_source
-from diptych.files import atomic_file, atomic_folder
+from diptych.files import atomic_folder, write_text
 from diptych.methods.trident import Adapter, Config, choose_tokens
 from diptych.models.dense_features import load_self_supervised
 from diptych.models.sam import load_sam
@@ -111,8 +111,7 @@ def segment(
             ],
             notes=skipped,
         )
-        with atomic_file(html) as file:
-            file.write_text(page, encoding="utf-8")
+        write_text(html, page)
         say(f"The pictures are in {html}.")
     return measured
 

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 from diptych.commands.terminal import chosen, progress, say
 from diptych.data.sources import Columns, open_source
 from diptych.errors import ImageError
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.models.precision import Precision
 from diptych.models.weights import convert as convert_model
 from diptych.models.weights import load
@@ -100,8 +100,7 @@ def search(
         candidates = tuple(
             Candidate(h.score, h.item.texts[0] if h.item.texts else h.item.key, shown.get(h.item.key)) for h in hits
         )
-        with atomic_file(html) as file:
-            file.write_text(page(title, f"<h1>Search</h1>{render([Card(title, None, candidates)])}"), encoding="utf-8")
+        write_text(html, page(title, f"<h1>Search</h1>{render([Card(title, None, candidates)])}"))
         say(f"The pictures are in {html}.")
     return hits
 

@@ -40,7 +40,7 @@ from diptych.curate.summary import Summary, Tally, encode_json, merge_tallies
 from diptych.curate.unique import UniqueConfig, UniqueKeys
 from diptych.data.columns import Columns
 from diptych.errors import ConfigError
-from diptych.files import atomic_file
+from diptych.files import atomic_file, write_text
 from diptych.verbs import AbstractCurator, AbstractSurveyor
 
 Step = AbstractCurator | AbstractSurveyor
@@ -139,8 +139,7 @@ def curate_source(
         shards=tuple(shards),
         notes=_notes(config, work),
     )
-    with atomic_file(out / "summary.json") as file:
-        file.write_text(encode_json(to_json(summary)), encoding="utf-8")
+    write_text(out / "summary.json", encode_json(to_json(summary)))
     shutil.rmtree(work)
     return summary
 
@@ -343,8 +342,7 @@ class WriteTask:
         writer.flush()
         with atomic_file(self.entries(number)) as file:
             pq.write_table(tally.entries(), file)
-        with atomic_file(self.tally(number)) as file:
-            file.write_text(encode_json(tally.to_json()), encoding="utf-8")
+        write_text(self.tally(number), encode_json(tally.to_json()))
 
     def _part(self, place: int, writer: ShardWriter, tally: Tally) -> Iterator[pa.Table]:
         addresses = self.config.format == "parquet"
@@ -419,8 +417,7 @@ def _claim(
         return
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty, and holds no curation to go on with. Name a new folder.")
-    with atomic_file(path) as file:
-        file.write_text(encode_json(record), encoding="utf-8")
+    write_text(path, encode_json(record))
 
 
 def _state(path: Path) -> tuple[int, int]:

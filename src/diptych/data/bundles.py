@@ -1,12 +1,17 @@
 """Readers for small data sets kept outside the package, in the folder that the environment variable `DIPTYCH_DATA` names."""
 
 import os
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from diptych.data.sources import AbstractSource, Columns, from_table
 from diptych.data.tables import read_table
 from diptych.errors import DataError, nearest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,25 @@ def bundle(name: str, split: str | None = None, *, columns: Columns | None = Non
     meaning = record.columns if columns in (None, Columns()) else columns
     notes = (f"Bundle {name}: {record.licence}",)
     return from_table(read_table(folder / record.file), folder, name, columns=meaning, split=split, notes=notes)
+
+
+def half(items: Sequence[T], name: str, split: str | None, key: Callable[[T], str]) -> tuple[list[T], str]:
+    """Return one half of what nothing is trained on, and its name: items of one key are all in one of the two, whatever the others are.
+
+    Args:
+        items: All of a bundle.
+        name: Of the bundle.
+        split: `validation` or `test`; None for all.
+        key: Says what an item belongs to.
+
+    Raises:
+        DataError: If there is no such split.
+    """
+    if split is None:
+        return list(items), name
+    if split not in ("validation", "test"):
+        raise DataError(f"{name} has no split {split!r}. {nearest(split, ('validation', 'test'))}")
+    return [item for item in items if bool(zlib.crc32(key(item).encode()) % 2) == (split == "test")], f"{name}:{split}"
 
 
 def bundle_file(name: str, file: str) -> Path:

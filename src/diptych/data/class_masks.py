@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from diptych.data.bundles import bundle_file
+from diptych.data.bundles import bundle_file, half
 from diptych.data.defects import region
 from diptych.data.sources import AbstractSource
 from diptych.errors import DataError, nearest
@@ -83,12 +82,8 @@ def class_masks(name: str, split: str | None = None) -> ClassMasks:
     """
     if name not in CLASS_MASKS:
         raise DataError(f"There is no bundle with masks of classes {name!r}. {nearest(name, CLASS_MASKS)}")
-    if split not in (None, "validation", "test"):
-        raise DataError(f"{name} has no split {split!r}. {nearest(str(split), ('validation', 'test'))}")
-    photos, classes = CLASS_MASKS[name]()
-    if split is not None:
-        photos = [photo for photo in photos if bool(zlib.crc32(photo.key.encode()) % 2) == (split == "test")]
-        name = f"{name}:{split}"
+    every, classes = CLASS_MASKS[name]()
+    photos, name = half(every, name, split, lambda photo: photo.key)
     return ClassMasks(photos, name, classes)
 
 

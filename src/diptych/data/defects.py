@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diptych.data.bundles import bundle_file
+from diptych.data.bundles import bundle_file, half
 from diptych.data.images import decode
 from diptych.data.sources import AbstractSource
 from diptych.errors import DataError, nearest
@@ -88,13 +87,8 @@ def defects(name: str, split: str | None = None) -> Defects:
     """
     if name not in DEFECTS:
         raise DataError(f"There is no bundle with masks of faults {name!r}. {nearest(name, DEFECTS)}")
-    if split not in (None, "validation", "test"):
-        raise DataError(f"{name} has no split {split!r}. {nearest(str(split), ('validation', 'test'))}")
     read, thing = DEFECTS[name]
-    photos = read()
-    if split is not None:
-        photos = [photo for photo in photos if bool(zlib.crc32(photo.group.encode()) % 2) == (split == "test")]
-        name = f"{name}:{split}"
+    photos, name = half(read(), name, split, lambda photo: photo.group)
     return Defects(photos, name, thing)
 
 

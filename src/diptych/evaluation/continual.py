@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.errors import EvaluationError, require
-from diptych.files import atomic_file
+from diptych.files import atomic_file, write_text
 
 Matrix = Float[np.ndarray, "stages tasks"]
 """As many stages as tasks: entry (k, i) is the score on task i after stage k, both from 0 and without the model before any stage."""
@@ -155,8 +155,7 @@ class Trace:
     def save(self, path: Path) -> None:
         """Write scores and summary as JSON; `read_trace` reads it back."""
         summary = {name: None if value != value else value for name, value in self.summary.items()}  # JSON has no NaN
-        with atomic_file(path) as file:
-            file.write_text(json.dumps({**asdict(self), "summary": summary}, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps({**asdict(self), "summary": summary}, indent=2) + "\n")
 
     def plot(self, path: Path) -> None:
         """Write the matrix as a heat map (PNG): above the steps what was not trained yet, below what was.

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diptych.data.loader import Loader
 from diptych.errors import require
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.training import distributed
 from diptych.training.recipe import Writer
 from diptych.types import Batch
@@ -71,8 +71,7 @@ class MetricsLog:
         if not distributed.is_first():
             return
         kept = [row for row in read_rows(self.path) if row["step"] <= step] if step else []
-        with atomic_file(self.path) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._writers = [_open_writer(name, folder, step) for name in writers]
 
     def write(self, row: Mapping[str, Any]) -> None:

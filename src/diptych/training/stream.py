@@ -12,7 +12,7 @@ from rich.console import Console
 from diptych.config import fingerprint
 from diptych.data.sources import AbstractSource
 from diptych.errors import ConfigError
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.models.checkpoint import load_model, save_model
 from diptych.models.dual import DualEncoder
 from diptych.models.modes import set_mode
@@ -112,8 +112,7 @@ def _scores(place: Path, asked: str, trained: Callable[[], DualEncoder], measure
         model = trained()
         record = {"asked": asked, "scores": [float(score) for score in measure(model)]}
         save_model(model, place / CHECKPOINT)  # the scores come last: they say that the stage is finished
-        with atomic_file(path) as file:
-            file.write_text(json.dumps(record))
+        write_text(path, json.dumps(record))
     record = json.loads(path.read_text())
     if record["asked"] != asked:
         raise ConfigError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.evaluation.guard import Curve
-from diptych.files import atomic_file
+from diptych.files import write_text
 from diptych.types import Interval
 from diptych.use.gallery import Card, render
 from diptych.use.page import Line, difference_table, facts, interval_table, line_chart, page
@@ -59,8 +59,7 @@ class RunSummary:
 
 def write_report(path: Path, run: RunSummary) -> None:
     """Write the report; it is there whole or not at all."""
-    with atomic_file(path) as file:
-        file.write_text(render_report(run), encoding="utf-8")
+    write_text(path, render_report(run))
 
 
 def render_report(run: RunSummary) -> str:
