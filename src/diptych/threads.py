@@ -8,7 +8,8 @@ def thread_settings(threads: int) -> dict[str, str]:
     """Return the environment for torch's threads that nobody has set: how many, and that they spin briefly for one another, then sleep.
 
     With the default of GNU OpenMP, 300,000 spins, one other busy process on two cores slowed a small training step from 0.2 s to 8 s.
-    Without any, as `OMP_WAIT_POLICY=PASSIVE` has it, a cached step on an idle machine took a quarter longer, a plain one a tenth.
+    Without any, as `OMP_WAIT_POLICY=PASSIVE` has it, a cached step took a quarter longer and a plain one an eighth (medians of three runs at
+    raised priority). Beside a busy process of equal priority it is the other way round: with brief spinning a cached step took a third longer.
     """
     wanted = {"OMP_NUM_THREADS": str(threads)}
     if "OMP_WAIT_POLICY" not in os.environ:
