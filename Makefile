@@ -5,6 +5,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 EXTRAS := curate,dev,demo,docs,hf,log,ocr,openclip,plot,pretrained,probe,ray,search
+# Threads of torch spin only briefly for one another, as under the command line: a busy machine slows tests in proportion, not many times over.
+export GOMP_SPINCOUNT ?= 1000
 ANCHORS := $(patsubst benchmarks/anchors/%.txt,.bench/%/.done,$(wildcard benchmarks/anchors/*.txt))
 
 .PHONY: demo test test-slow check docs bench mini clean
