@@ -59,7 +59,14 @@ METHODS: Mapping[str, Method] = {
         Method(
             "scene_graph_3d", "objective", "3D scene-graph-guided pre-training", "Liu et al., arXiv 2024", "2411.18666"
         ),
-        Method("c_pgc", "attack", "C-PGC: universal perturbations", "Fang et al., ICCV 2025", "2406.05491", "not reproduced"),
+        Method(
+            "c_pgc",
+            "attack",
+            "C-PGC: universal perturbations",
+            "Fang et al., ICCV 2025",
+            "2406.05491",
+            "not reproduced",
+        ),
         Method(
             "nevlp", "objective", "NEVLP: noise-robust, efficient pre-training", "Tao et al., arXiv 2024", "2409.09582"
         ),
