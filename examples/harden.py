@@ -78,4 +78,4 @@ def main(settings: Settings = Settings(), *, out: Path = Path("runs/harden")) ->
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))

@@ -18,7 +18,8 @@ from diptych.use.report import RunSummary
 
 @pytest.fixture
 def add(monkeypatch):
-    """Return a function that makes a table of methods: these modules, one that states no claim, and one that is planned."""
+    """Return a function that makes a table of methods: these modules, one that states no claim, and one that is planned. All run in this process."""
+    monkeypatch.setattr(reproducing, "_own_processes", lambda: 1)
 
     def put(**modules) -> None:
         working = {slug: replace(METHODS["siglip"], slug=slug) for slug in ("siglip", *modules)}

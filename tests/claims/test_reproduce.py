@@ -16,7 +16,7 @@ from diptych.claims import train
 from diptych.claims.claim import Arm, Claim, Control
 from diptych.claims.reproduce import check, reproduce_method, seeds_of
 from diptych.claims.train import train_quietly
-from diptych.claims.trials import Bench
+from diptych.claims.trials import Bench, Log
 from diptych.claims.verdict import paired_over_seeds
 from diptych.config import fingerprint, override
 from diptych.errors import ConfigError, TrainingError
@@ -320,7 +320,7 @@ def test_a_trial_that_trains(drawings, tmp_path, monkeypatch, capsys):
         seen.append(model)
         return model.log_scale.item()
 
-    bench = Bench(load_method, tmp_path / "log.jsonl", {})
+    bench = Bench(load_method, {})
     claim = replace(claim_with(*THREE), slug="clip")
     trained = Arm("trained", "further", run)
     first, again, other_seed, other_loss = (
@@ -354,11 +354,11 @@ def test_arms_of_one_seed_start_from_equal_weights_and_see_equal_batches(drawing
 
 
 def test_the_log_survives_a_second_reader(fake, tmp_path):
-    """A bench that only reads leaves the file as it was."""
+    """A log that is only read leaves the file as it was."""
     reproduce(fake(), tmp_path)
     log: Path = tmp_path / "log" / "fake.jsonl"
     before = log.read_text()
-    Bench(lambda slug: fake(), log, VERSIONS)
+    Log(log)
     assert log.read_text() == before
 
 
@@ -377,7 +377,7 @@ def test_arms_of_one_seed_may_share_what_they_train(drawings, tmp_path, monkeypa
             model.log_scale.zero_()  # each arm has a model of its own
         return seen[-1].log_scale.item()
 
-    bench = Bench(load_method, tmp_path / "log.jsonl", {})
+    bench = Bench(load_method, {})
     claim = replace(claim_with(*THREE), slug="clip")
     outcomes = [
         bench.run(claim, Arm(name, "further", run), seed, "test", {})

@@ -93,7 +93,7 @@ class Result:
         verdict: By the rule of `decide`.
         search: How hyper-parameters were chosen.
         samples: Shown in training per arm and seed, on average, repeats counted.
-        minutes: Of all trials, those on the validation split included.
+        minutes: Of all trials, those on the validation split included, as if one had followed the other.
         command: That runs it again.
         versions: Of packages.
         hashes: Of code, recipes and data.

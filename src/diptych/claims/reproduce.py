@@ -1,14 +1,17 @@
 """Runs a method's claims: choose every arm's grid point on the validation split, then arms x seeds on the test split, then the verdict.
 
 Arms are on equal terms: grids of one size, chosen with the same seed and the same number of tries; the same seeds after that. The test
-split is not touched before every arm of a claim has its point.
+split is not touched before every arm has its point. Trials run in this process or in several, where one runs the arms of a seed, which may
+share what they train.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -25,8 +28,9 @@ from rich.progress import (
 
 from diptych.claims.claim import Arm, Claim, Part
 from diptych.claims.ledger import ControlCheck, Hashes, Result, Search
-from diptych.claims.trials import Bench, Outcome, Split
+from diptych.claims.trials import Bench, Log, Outcome, Split
 from diptych.claims.verdict import decide, paired_over_seeds
+from diptych.claims.workers import Job, Run, open_workers, spread
 from diptych.config import fingerprint
 from diptych.errors import ConfigError, TrainingError
 
@@ -34,7 +38,10 @@ LEAST_SEEDS = 3
 PARTS: tuple[Part, ...] = ("baseline", "method", "control")
 
 Point = Mapping[str, Any]
-Measure = Callable[[Claim, Arm, int, Split, Point], Outcome]
+Plan = tuple[Claim, tuple[int, ...]]
+"""A claim and its seeds."""
+Measure = Callable[[Run, Claim, Arm, int, Split, Point], Outcome]
+"""Takes a trial from the log, or has it run."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ def reproduce_method(
     versions: Mapping[str, str],
     console: Console,
     seeds: int | None = None,
+    processes: int = 1,
 ) -> tuple[Result, ...]:
     """Return the result of each claim of a method. Trials that are in `log` are not run again.
 
@@ -84,27 +92,38 @@ def reproduce_method(
         versions: Of packages, for the record; a logged trial of other versions is run again.
         console: Where progress is shown.
         seeds: How many; those of each claim when absent, and the next whole numbers behind them where it has fewer.
+        processes: That run trials at the same time. 1 runs them in this process; more are begun anew (`spawn`), need a `modules` that can be
+            pickled, and share the processors, so that numbers differ by the rounding of fewer threads.
 
     Raises:
-        ConfigError: If the claims are not stated as they must be, or `seeds` is less than three.
+        ConfigError: If the claims are not stated as they must be, `seeds` is less than three, or `processes` less than one.
         TrainingError: If a trial breaks down on the test split, or all tries of an arm do on the validation split.
     """
+    if processes < 1:
+        raise ConfigError(f"Trials need at least one process, not {processes}.")
     claims: tuple[Claim, ...] = modules(slug).claim()
     check(claims, slug)
-    own_seeds = [seeds_of(claim, seeds) for claim in claims]
-    bench = Bench(modules, log, versions)
-    total = sum(_trials(claim, len(own)) for claim, own in zip(claims, own_seeds, strict=True))
-    with _display(slug, total, console) as screen:
+    plans = [(claim, seeds_of(claim, seeds)) for claim in claims]
+    bench, done, writing = Bench(modules, versions), Log(log), Lock()
+    with _display(slug, sum(_trials(*plan) for plan in plans), console) as screen:
 
-        def measure(claim: Claim, arm: Arm, seed: int, split: Split, point: Point) -> Outcome:
+        def measure(run: Run, claim: Claim, arm: Arm, seed: int, split: Split, point: Point) -> Outcome:
             screen.start(claim, arm, seed, split)
-            logged = bench.find(claim, arm, seed, split, point)
-            outcome = logged or bench.run(claim, arm, seed, split, point)
-            screen.done(outcome, logged=logged is not None)
+            outcome = done.find(claim, arm, seed, split, point)
+            logged = outcome is not None and bench.holds(outcome, claim)
+            if outcome is None or not logged:
+                outcome = run(claim, arm, seed, split, point)
+                with writing:
+                    done.keep(outcome)
+            screen.done(outcome, logged=logged)
             return outcome
 
-        runs = [_run_arms(claim, own, measure) for claim, own in zip(claims, own_seeds, strict=True)]
-    return tuple(_result(*parts, command, versions) for parts in zip(claims, own_seeds, runs, strict=True))
+        if processes == 1:
+            runs = _run_arms(plans, measure, lambda jobs: [job(bench.run) for job in jobs])
+        else:
+            with open_workers(processes, slug, modules, versions) as workers:
+                runs = _run_arms(plans, measure, partial(spread, workers=workers))
+    return tuple(_result(*plan, own, command, versions) for plan, own in zip(plans, runs, strict=True))
 
 
 def check(claims: Sequence[Claim], slug: str) -> None:
@@ -148,21 +167,36 @@ def seeds_of(claim: Claim, count: int | None) -> tuple[int, ...]:
     return (*claim.seeds, *range(behind, behind + count))[:count]
 
 
-def _trials(claim: Claim, seeds: int) -> int:
+def _trials(claim: Claim, seeds: tuple[int, ...]) -> int:
     tries = len(claim.arms[0].grid)
-    return len(claim.arms) * ((tries if tries > 1 else 0) + seeds)
+    return len(claim.arms) * ((tries if tries > 1 else 0) + len(seeds))
 
 
-def _run_arms(claim: Claim, seeds: tuple[int, ...], measure: Measure) -> list[ArmRuns]:
-    """Return what every arm did, in the order baseline, method, control, further; seed by seed, so that pairs are close in time."""
-    tried = [_try_grid(claim, arm, seeds[0], measure) for arm in claim.arms]
-    points = [_best(claim, arm, outcomes) for arm, outcomes in zip(claim.arms, tried, strict=True)]
-    tested: list[list[Outcome]] = [[] for _ in claim.arms]
-    for seed in seeds:
-        for arm, point, outcomes in zip(claim.arms, points, tested, strict=True):
-            outcomes.append(measure(claim, arm, seed, "test", point))
-    runs = [ArmRuns(*parts) for parts in zip(claim.arms, tried, points, tested, strict=True)]
-    return sorted(runs, key=lambda run: (*PARTS, "further").index(run.arm.part))
+def _run_arms(
+    plans: Sequence[Plan], measure: Measure, do: Callable[[Sequence[Job]], list[list[Outcome]]]
+) -> list[list[ArmRuns]]:
+    """Return what the arms of every claim did, in the order baseline, method, control, further.
+
+    First the grids, an arm at a time; then the tests, a seed at a time, so that pairs are close in time.
+    """
+    grids = [(claim, arm, seeds[0]) for claim, seeds in plans for arm in claim.arms]
+    tried = do([partial(_try_grid, *grid, measure) for grid in grids])
+    chosen = {
+        (claim.name, arm.name): (outcomes, _best(claim, arm, outcomes))
+        for (claim, arm, _), outcomes in zip(grids, tried, strict=True)
+    }
+    rounds = [(claim, seed) for claim, seeds in plans for seed in seeds]
+    points = {key: point for key, (_, point) in chosen.items()}
+    tested = do([partial(_test_arms, claim, seed, points, measure) for claim, seed in rounds])
+    runs = []
+    for claim, _ in plans:
+        by_seed = [outcomes for (asked, _), outcomes in zip(rounds, tested, strict=True) if asked is claim]
+        own = [
+            ArmRuns(arm, *chosen[claim.name, arm.name], list(outcomes))
+            for arm, outcomes in zip(claim.arms, zip(*by_seed, strict=True), strict=True)
+        ]
+        runs.append(sorted(own, key=lambda run: (*PARTS, "further").index(run.arm.part)))
+    return runs
 
 
 def _result(
@@ -215,9 +249,18 @@ def _noted(runs: Sequence[ArmRuns]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _try_grid(claim: Claim, arm: Arm, seed: int, measure: Measure) -> list[Outcome]:
+def _try_grid(claim: Claim, arm: Arm, seed: int, measure: Measure, run: Run) -> list[Outcome]:
     """Return the outcome of every point of an arm's grid on the validation split; none where there is nothing to choose."""
-    return [] if len(arm.grid) == 1 else [measure(claim, arm, seed, "validation", point) for point in arm.grid]
+    if len(arm.grid) == 1:
+        return []
+    return [measure(run, claim, arm, seed, "validation", point) for point in arm.grid]
+
+
+def _test_arms(
+    claim: Claim, seed: int, points: Mapping[tuple[str, str], Point], measure: Measure, run: Run
+) -> list[Outcome]:
+    """Return the outcome of every arm at its point on the test split."""
+    return [measure(run, claim, arm, seed, "test", points[claim.name, arm.name]) for arm in claim.arms]
 
 
 def _best(claim: Claim, arm: Arm, tried: Sequence[Outcome]) -> Point:

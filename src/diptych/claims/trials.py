@@ -1,4 +1,4 @@
-"""Trials that are run once: each is a line of a log when it is done, and a line that still holds is not run again."""
+"""Trials, and the log of those that are done: one that still holds is not run again."""
 
 import copy
 import json
@@ -70,37 +70,29 @@ class Outcome:
 
 
 class Bench:
-    """Runs trials, or finds them in its log.
+    """Runs trials.
 
     Args:
         modules: Returns the module of a method by its slug.
-        log: File with one line per finished trial.
-        versions: Of packages; a trial that was run with others is run again.
+        versions: Of packages, for the record.
     """
 
-    def __init__(self, modules: Callable[[str], ModuleType], log: Path, versions: Mapping[str, str]) -> None:
-        self._modules, self._log, self._versions = modules, log, dict(versions)
+    def __init__(self, modules: Callable[[str], ModuleType], versions: Mapping[str, str]) -> None:
+        self._modules, self._versions = modules, dict(versions)
         self._code = cache(self._code_of)
         self._source = cache(lambda spec: open_source(spec).fingerprint)
         self._trained = dict[tuple[str, int, int], tuple[AbstractSource, DualEncoder, int]]()
-        rows = read_rows(log)
-        if log.exists():  # a line cut short by a kill would spoil the one after it
-            write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
-        self._found = {outcome.question: outcome for outcome in map(_read, rows) if outcome is not None}
 
-    def find(self, claim: Claim, arm: Arm, seed: int, split: Split, changes: Mapping[str, Any]) -> Outcome | None:
-        """Return a trial of the log, if code, named data and packages are what they were."""
-        found = self._found.get((claim.slug, claim.name, arm.name, seed, split, fingerprint(changes)))
-        holds = (
-            found is not None
-            and found.versions == self._versions
-            and found.sources == self._sources(claim)
-            and all(self._code(slug) == version for slug, version in found.code.items())
+    def holds(self, outcome: Outcome, claim: Claim) -> bool:
+        """Return whether a trial would be the same today: code, named data and packages are what they were."""
+        return (
+            outcome.versions == self._versions
+            and outcome.sources == self._sources(claim)
+            and all(self._code(slug) == version for slug, version in outcome.code.items())
         )
-        return found if holds else None
 
     def run(self, claim: Claim, arm: Arm, seed: int, split: Split, changes: Mapping[str, Any]) -> Outcome:
-        """Run one trial and log it.
+        """Run one trial.
 
         Raises:
             TrainingError: If a trial on the test split breaks down. On the validation split that is an answer: the point is no good.
@@ -135,7 +127,7 @@ class Bench:
 
         began = time.perf_counter()
         value = _measure(arm, Trial(seed, split, changes, mini, train_one, shown, noted.__setitem__))
-        outcome = Outcome(
+        return Outcome(
             claim.slug,
             claim.name,
             arm.name,
@@ -152,11 +144,6 @@ class Bench:
             tuple(data),
             noted,
         )
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
-        self._found[outcome.question] = outcome
-        return outcome
 
     def _shared(self, recipe: Recipe[Any], source: AbstractSource, seed: int) -> tuple[DualEncoder, int]:
         """Return a copy of what a recipe made of this very source with a seed, and how many samples it was shown; trained when first asked.
@@ -179,6 +166,28 @@ class Bench:
         file = self._modules(slug).__file__
         assert file is not None
         return code_version(Path(file), Path(train.__file__))
+
+
+class Log:
+    """Trials that are done, one line each, in a file that is made when the first is kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        rows = read_rows(path)
+        if path.exists():  # a line cut short by a kill would spoil the one after it
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._found = {outcome.question: outcome for outcome in map(_read, rows) if outcome is not None}
+
+    def find(self, claim: Claim, arm: Arm, seed: int, split: Split, changes: Mapping[str, Any]) -> Outcome | None:
+        """Return the latest trial that answered this question, whatever has changed since."""
+        return self._found.get((claim.slug, claim.name, arm.name, seed, split, fingerprint(changes)))
+
+    def keep(self, outcome: Outcome) -> None:
+        """Write down a trial."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+        self._found[outcome.question] = outcome
 
 
 def _measure(arm: Arm, trial: Trial) -> float | None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tyro.conf import Positional
 
 from diptych.claims.arms import update_arms
@@ -14,6 +15,7 @@ from diptych.commands.records import versions
 from diptych.commands.terminal import CONSOLE, say
 from diptych.errors import ConfigError, DiptychError, MissingExtraError
 from diptych.methods import METHODS, load_method
+from diptych.threads import usable_cores
 
 
 def reproduce(
@@ -22,6 +24,7 @@ def reproduce(
     seeds: int | None = None,
     profile: Literal["mini", "full"] = "mini",
     all: bool = False,
+    processes: int | None = None,
     out: Path = Path("results"),
     log: Path = Path("runs/claims"),
 ) -> tuple[Result, ...]:
@@ -35,6 +38,8 @@ def reproduce(
         seeds: How many, at least three; as many as the claim says when absent.
         profile: `mini` is what claims are stated for, some ten minutes on two cores; `full` says what the paper's own setting needs.
         all: Run the claims of all methods that have one.
+        processes: Trials at the same time, each with its share of the processors. As many as there are cores when absent, four at most; one
+            where there is a GPU, which trials would share.
         out: Folder of results.
         log: Folder with one file per method and one line per finished trial; remove a file to run its trials again.
 
@@ -46,11 +51,11 @@ def reproduce(
     if (slug is None) != all:
         raise ConfigError("Name one method, as in `diptych reproduce SLUG`, or say --all.")
     if slug is not None:
-        return _reproduce(slug, seeds, profile, out, log)
+        return _reproduce(slug, seeds, profile, processes, out, log)
     results, failures = list[Result](), list[str]()
     for each in _with_claim():
         try:
-            results += _reproduce(each, seeds, profile, out, log)
+            results += _reproduce(each, seeds, profile, processes, out, log)
         except DiptychError as error:  # the other methods need not wait for this one
             say(f"{each}: {error}")
             failures.append(each)
@@ -62,7 +67,7 @@ def reproduce(
 
 
 def _reproduce(
-    slug: str, seeds: int | None, profile: Literal["mini", "full"], out: Path, log: Path
+    slug: str, seeds: int | None, profile: Literal["mini", "full"], processes: int | None, out: Path, log: Path
 ) -> tuple[Result, ...]:
     """Run the claims of one method, write what they found, and print it."""
     module = load_method(slug)
@@ -89,6 +94,7 @@ def _reproduce(
         versions=versions(),
         console=CONSOLE,
         seeds=seeds,
+        processes=_own_processes() if processes is None else processes,
     )
     place = write_results(results, out)
     try:
@@ -102,6 +108,10 @@ def _reproduce(
     for result in results:
         _print_result(result)
     return results
+
+
+def _own_processes() -> int:
+    return 1 if torch.cuda.is_available() else min(4, usable_cores())
 
 
 def _with_claim() -> list[str]:

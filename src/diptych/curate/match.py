@@ -370,7 +370,7 @@ def _equal(
 def match_batches(
     matcher: Callable[[pa.Array], pa.ListArray], batches: Iterable[pa.RecordBatch], column: str, *, processes: int = 1
 ) -> Generator[pa.RecordBatch, None, None]:
-    """Yield each batch with a column `matches` behind its own, in order. No more than two batches per process are held.
+    """Yield each batch with a column `matches` behind its own, in order. No more than three batches per process are held.
 
     Args:
         matcher: Gives the matches of texts, as `Matcher` does; goes to each process once.
@@ -401,7 +401,7 @@ def match_batches(
             else:
                 waiting.append((batch, Future()))
                 waiting[-1][1].set_result(matcher(texts))
-            while waiting and (len(waiting) == 2 * processes or waiting[0][1].done()):
+            while waiting and (len(waiting) == 3 * processes or waiting[0][1].done()):
                 yield _received(*waiting.popleft())
         for sent in waiting:
             yield _received(*sent)
