@@ -11,6 +11,7 @@ from PIL import Image
 
 import diptych
 from diptych.data.sources import Listed
+from diptych.evaluation.protection import measure_domains
 from diptych.methods import ip_clip
 from diptych.types import Sample
 
@@ -51,7 +52,7 @@ def main(out: Path = Path("runs/fence")) -> None:
     config = replace(ip_clip.mini(), authorised="colour", batch_size=8, epochs=12)
     plain = ip_clip.Adapter(replace(config, weights=ip_clip.SUPERVISED)).fit(model, train)
     fenced = ip_clip.Adapter(config).fit(model, train)
-    for name, interval in ip_clip.measure(plain, fenced, test).metrics.items():
+    for name, interval in measure_domains(plain, fenced, test, "colour").metrics.items():
         print(f"{name:22} {interval}")
 
     fenced.save(out)  # some hundred kB: without the towers

@@ -9,6 +9,8 @@ import torch
 from diptych import commands
 from diptych.cli import main
 from diptych.data.sources import Listed
+from diptych.data.words import UniversalWord
+from diptych.errors import ConfigError
 from diptych.methods import c_pgc, gama
 from diptych.models.checkpoint import save_model
 from diptych.models.perturbation import load_perturbation, sign_noise
@@ -82,6 +84,44 @@ def test_equal_commands_give_equal_numbers(photos, models, tmp_path):
         reports = commands.attack(photos, settings=NOISE, model=models[0], out=out)
         found.append((load_perturbation(out).delta, [report.success() for report in reports.values()]))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+def test_a_word_is_learnt_kept_and_measured_beside_the_noise(photos, models, tmp_path, capsys):
+    both = replace(NOISE, word=True, word_filters=((32,), (8,)), word_z_dim=4)
+    place = {name: tmp_path / f"pair.{name}" for name in ("safetensors", "html", "png")}
+    with pytest.raises(ConfigError, match=r"holds both; not as pair\.png"):
+        commands.attack(photos, settings=both, model=models[0], out=place["png"])
+    assert "Learning" not in capsys.readouterr().err
+    settings = {"model": models[0], "victims": (models[1],), "on": (photos,)}
+    (alone, _) = commands.attack(photos, settings=NOISE, **settings).values()
+    found = commands.attack(photos, settings=both, out=place["safetensors"], html=place["html"], **settings)
+    said, word = capsys.readouterr().err, load_perturbation(place["safetensors"]).word
+    assert word is not None and f"The word is {word.word!r}." in said
+    first = f"{models[0]} on photos"
+    assert list(found)[:3] == [first, f"{first}, word", f"{first}, noise and word"] and len(found) == 6
+    assert found[first].success() == alone.success() and found[first].noise_success() == alone.noise_success()
+    page = place["html"].read_text()
+    assert f"becomes &#x27;{word.word}&#x27;" in page and "lost to random noise and word" in page
+    again = commands.attack(photos, settings=NOISE, perturbation=place["safetensors"], **settings)
+    assert {name: one.success() for name, one in again.items()} == {name: one.success() for name, one in found.items()}
+
+
+def test_a_word_without_captions_is_said_to_have_no_place(models, drawings, tmp_path, capsys):
+    for number, sample in enumerate(drawings(6)):
+        place = tmp_path / "classes" / ("dot", "square")[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(sample.image)
+    pair = replace(sign_noise(16, 5), word=UniversalWord("red"))
+    pair.save(tmp_path / "pair.safetensors")
+    found = commands.attack(
+        str(tmp_path / "classes"),
+        settings=NOISE,
+        model=models[0],
+        perturbation=tmp_path / "pair.safetensors",
+        html=tmp_path / "a.html",
+    )
+    assert len(found) == 1 and "'red'. There are no captions" in capsys.readouterr().err
+    assert "Captions" not in (tmp_path / "a.html").read_text()
 
 
 def test_the_command_line_spreads_the_settings_of_a_method(photos, models, tmp_path, capsys):

@@ -15,7 +15,7 @@ from diptych.data.sources import Columns
 from diptych.errors import CheckpointError, ConfigError, DataError, ImageError
 from diptych.models.weights import load
 from diptych.use.search import Index
-from tiny_run import write_photos
+from tiny_run import Killed, write_photos
 
 TINY = override(tiny_run.TINY, {"evaluate_every": 1, "save_every": 2})
 
@@ -165,10 +165,6 @@ def test_another_seed_is_another_run(place, tmp_path):
     assert (
         numbers(tmp_path / "other")["settings"]["fingerprint"] != numbers(place.run.folder)["settings"]["fingerprint"]
     )
-
-
-class Killed(Exception):
-    pass
 
 
 def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path, monkeypatch):

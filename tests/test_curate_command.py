@@ -99,3 +99,21 @@ def test_the_help_names_every_step_in_its_order(monkeypatch, capsys):
     places = [said.index(f" {step} options ") for step in steps.split()]
     assert places == sorted(places)
     assert "--balance.threshold" in said and "Captions that each entry keeps in expectation." in said
+
+
+def test_a_threshold_alone_and_a_list_that_matches_nothing(raw, tmp_path, capsys):
+    words = ("--match.words", str(tmp_path / "words.txt"), "--language.detector", "scripts")
+    assert curate(raw, tmp_path / "few", *words, "--balance.threshold", "8") == 0
+    settings = json.loads((tmp_path / "few" / "curation.json").read_text())["config"]["balance"]
+    assert (settings["threshold"], settings["tail_share"]) == (8.0, None)
+    said = capsys.readouterr().err
+    assert "entries over the threshold" in said and f"diptych train {tmp_path / 'few' / 'pairs'}" in said
+    assert curate(raw, tmp_path / "both", *words, "--balance.threshold", "1", "--balance.tail-share", "0.1") == 2
+    assert "Give one of threshold, tail_share and size" in capsys.readouterr().err
+    (tmp_path / "words.txt").write_text("zebra\nokapi\n")
+    assert curate(raw, tmp_path / "none", *words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "No text has an entry of the word list, which holds 2" in said and "match.words names another list" in said
+    assert curate(raw, tmp_path / "nothing", *words, "--balance.threshold", "1") == 0
+    said = capsys.readouterr().err
+    assert "report.html says why" in said and "diptych train" not in said

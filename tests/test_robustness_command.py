@@ -39,6 +39,25 @@ def test_numbers_are_said_recorded_and_put_on_a_card(evaluated, tmp_path, ending
     assert f"{clean:.3f}" in card.read_text() and "photos" in card.read_text()
 
 
+@pytest.mark.parametrize("ending", [".html", ".md"])
+def test_a_second_model_is_audited_too(evaluated, make_model, tmp_path, ending):
+    save_model(make_model(1), tmp_path / "other")
+    card, record, against = tmp_path / f"card{ending}", tmp_path / "found.json", str(tmp_path / "other")
+    code, said = evaluated(
+        "--tasks", "robustness", *FAST, "--against", against, "--card", str(card), "--json", str(record)
+    )
+    assert code == 0 and f"minus {against}, image_to_text/recall@1, each attacked for itself" in said
+    found = json.loads(record.read_text())
+    differences = found["robustness"]["difference"]
+    assert list(differences) == ["image_to_text/recall@1", "text_to_image/recall@1"]
+    names = [row["name"] for row in found["robustness"]["rows"] if row["severity"] is None]
+    for metric, values in differences.items():
+        assert list(values) == names
+        assert values["clean"] == found["difference"][metric]
+        assert f"  {'PGD, eps 8':32} {values['PGD, eps 8']['value']:+.3f}" in said
+    assert card.read_text().count(f"{against} on the same images") == 2
+
+
 def test_without_the_task_images_are_as_they_are(evaluated):
     code, said = evaluated("--tasks", "retrieval")
     assert code == 0 and "PGD" not in said

@@ -12,6 +12,11 @@ from diptych.models.text import TextConfig
 from diptych.models.vision import VisionConfig
 from diptych.types import Text
 
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the package may catch it."""
+
+
 ARCHITECTURE = {
     "vision": {"image_size": 16, "width": 16, "depth": 1, "heads": 2, "mlp_width": 32},
     "text": {"width": 16, "depth": 1, "heads": 2, "mlp_width": 32},

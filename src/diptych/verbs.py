@@ -103,7 +103,7 @@ class AbstractAdapter(ABC):
 
 
 class AbstractAttack(ABC):
-    """Finds changes of images that break a model, to audit it."""
+    """Finds changes of images, and maybe a word for captions, that break a model, to audit it."""
 
     @abstractmethod
     def fit(self, model: "DualEncoder", data: "AbstractSource") -> "AbstractPerturbation":

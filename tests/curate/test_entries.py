@@ -101,5 +101,22 @@ def test_balance_is_the_formula_over_all_rows(rows, cut, threshold):
 def test_a_size_needs_one_list():
     with pytest.raises(ConfigError, match="one word list; there are some for en, ja"):
         Balance({"en": 2, "ja": 1}, BalanceConfig(tail_share=None, size=10))
-    with pytest.raises(ConfigError, match=r"one of threshold, tail_share and size.* balance has 3"):
-        BalanceConfig(threshold=3)
+
+
+@pytest.mark.parametrize("given", [{"threshold": 3}, {"size": 3}, {"tail_share": 0.3}])
+def test_one_way_to_say_how_much_is_given_alone(given):
+    assert BalanceConfig(**given).on
+    for more in {"threshold": 3, "tail_share": 0.06, "size": 3}.items():
+        if more[0] not in given:
+            with pytest.raises(ConfigError, match=r"one of threshold, tail_share and size, .* balance has .*3"):
+                BalanceConfig(**given, **dict([more]))
+
+
+def test_without_any_the_tail_has_six_per_cent():
+    texts = ["cat"] * 90 + [f"dog {n}" for n in range(6)] + ["owl"] * 4
+    table = Matching({"en": ("cat", "dog", "owl")}).curate(pairs(texts, ["en"] * 100))
+    by_default, by_share, other = (
+        Balance({"en": 3}, config).merge([Balance({"en": 3}, config).survey(table)])
+        for config in (BalanceConfig(), BalanceConfig(tail_share=0.06), BalanceConfig(tail_share=0.9))
+    )
+    assert by_default.equals(by_share) and not by_default.equals(other)

@@ -144,6 +144,11 @@ def test_languages_are_drawn_evenly_whatever_their_number_of_texts():
     assert {column.draw(alone, rng) for _ in range(50)} == {"d"}  # one language never gives an empty string
     with pytest.raises(ConfigError, match="weights"):
         TextColumn(("caption", "translation"), (0.5, 0.5), by="language")
+    for weights in ((1.0,), (1.0, 0.0), (1.0, 1.0, 1.0)):
+        with pytest.raises(
+            ConfigError, match=r"one weight above 0 for each of its roles, caption, translation; the weights are \(1"
+        ):
+            TextColumn(("caption", "translation"), weights)
 
 
 def test_a_sample_without_the_roles_asked_for():

@@ -1,6 +1,7 @@
 import io
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from torch.utils.data import DataLoader
 
 from diptych.data.columns import Columns
 from diptych.data.images import decode
+from diptych.data.order import Ordered, per_group
 from diptych.data.sources import (
     AbstractSource,
     Joined,
+    Listed,
     Subset,
     WithChances,
     describe,
@@ -223,11 +226,46 @@ def test_subset_and_joined(pairs):
     assert both[2].group == "two/r.png"
 
 
+def test_sources_of_one_name_stay_apart(drawings):
+    first, second = drawings(2), drawings(3)
+    both = Joined([first, second, first, drawings(1)])
+    names = [
+        "drawings",
+        "drawings",
+        "drawings (2)",
+        "drawings (2)",
+        "drawings (2)",
+        "drawings",
+        "drawings",
+        "drawings (3)",
+    ]
+    for row, (name, own) in enumerate(zip(names, [0, 1, 0, 1, 2, 0, 1, 0], strict=True)):
+        assert both[row].key == both.without_image(row).group == f"{name}/s{own}"
+
+
+def test_a_source_with_an_order_is_not_joined(drawings):
+    ordered = Ordered(drawings(4), lambda rng: rng.permutation(4))
+    with pytest.raises(
+        DataError, match=r"epochs of drawings follow an order of their own.*Join the sources first and order"
+    ):
+        Joined([drawings(2), ordered])
+    joined = per_group(Joined([grouped(drawings(4)), grouped(drawings(2))]), 2)
+    runs = joined.order(np.random.default_rng(0)).reshape(-1, 2).tolist()
+    assert sorted(map(sorted, runs)) == [[0, 1], [2, 3], [4, 5]]
+
+
+def grouped(source: Listed) -> Listed:
+    """Return samples of which every two are a group."""
+    return Listed([replace(sample, group=f"g{row // 2}") for row, sample in enumerate(source)], "grouped")
+
+
 def test_plus_joins(pairs):
     for name in ("a", "b"):
         (pairs / f"{name}.csv").write_text(f"image,caption,split\nr.png,{name},train\ng.png,no,test\n")
     source = open_source(f"{pairs / 'a.csv'}:train+{pairs / 'b.csv'}:train")
     assert captions(source) == [["a"], ["b"]]
+    again = open_source(f"{pairs / 'a.csv'}:train+{pairs / 'a.csv'}:train")
+    assert again[0].key == again[1].key  # the same samples twice
     (pairs / "a+b.csv").write_text("image,caption\nr.png,a file with a plus\n")
     assert captions(open_source(pairs / "a+b.csv")) == [["a file with a plus"]]
 
@@ -328,6 +366,16 @@ def test_chances_go_with_their_samples(drawings):
     assert Subset(source, [3, 0], "some").chances is None
     assert Joined([Subset(source, [0], "one"), Subset(drawn, [1], "two")]).chances.tolist() == [1.0, 0.2]
     assert Joined([source, source]).chances is None
+
+
+def test_chances_and_an_order_exclude_each_other(drawings):
+    source, chances = drawings(4), np.full(4, 0.5)
+    with pytest.raises(
+        DataError, match=r"drawings follow an order of their own.*Give chances to the source without it"
+    ):
+        WithChances(Ordered(source, lambda rng: rng.permutation(4)), chances)
+    with pytest.raises(DataError, match=r"grouped draws .* by chance.*leave data\.per_group at 1"):
+        per_group(WithChances(grouped(source), chances), 2)
 
 
 @pytest.mark.parametrize("chances", [[0.5] * 3, [0.5, 1.5, 0, 0], [-0.1, 0, 0, 0], [np.nan, 0, 0, 0]])

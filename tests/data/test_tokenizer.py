@@ -84,6 +84,17 @@ def test_lengths_count_only_the_special_tokens_there_are(tokenizer, begin, end):
     assert found([" ".join(TEXTS)]).ids.shape == (1, 12)
 
 
+def test_offsets_say_which_characters_an_id_stands_for(tokenizer):
+    text = "  A  dog on the beach "
+    cleaned, (ids,), offsets = tokenizer.clean(text), tokenizer.sequences([text]), tokenizer.offsets(text)
+    assert len(offsets) == len(ids) and offsets[0] == offsets[-1] == (0, 0)
+    for number, (start, end) in zip(ids[1:-1], offsets[1:-1], strict=True):
+        assert tokenizer.engine.decode([number]).strip() == cleaned[start:end].strip().lower()
+    short = with_policy(tokenizer, length=4, end=None)
+    assert len(short.offsets(text)) == len(short.sequences([text])[0]) == 4
+    assert short.offsets(text) == offsets[:4]
+
+
 def test_padding_to_the_longest_or_to_the_full_length(tokenizer):
     longest = tokenizer(["cat"])
     full = with_policy(tokenizer, length=12, pad=5, pad_to="length")(["cat"])

@@ -6,10 +6,19 @@ import pytest
 import torch
 
 from diptych.data.sources import Listed
+from diptych.data.words import UniversalWord, with_word
 from diptych.errors import EvaluationError
-from diptych.evaluation.attack import attack_success, evaluate_changed, hits_of, measure_attack
+from diptych.evaluation.attack import (
+    attack_success,
+    evaluate_changed,
+    hits_of,
+    measure_attack,
+    measure_words,
+    reword,
+)
 from diptych.evaluation.run import evaluate_model
 from diptych.models.perturbation import UniversalPerturbation, sign_noise
+from diptych.types import Sample, Text
 
 
 @pytest.mark.data
@@ -89,6 +98,58 @@ def test_a_record_says_everything(make_model, labelled):
     assert len([line for line in lines if ", attacked " in line]) == len(report.clean.headline())
     low = report.clean.headline()["image_to_text/recall@1"].value
     assert (low < 0.6) == any(line.startswith("image_to_text/recall@1 is") for line in report.notes())
+
+
+def test_a_word_is_measured_alone_and_with_the_noise(make_model, labelled):
+    """Against measuring samples whose captions were changed beforehand, right answers being those of the clean ones."""
+    judge, victim = make_model(texts=["a red circle", "the blue square", "black green purple"] * 4), make_model(1)
+    report = measure_attack(victim, labelled, sign_noise(16, 60, seed=2), precision="fp32")
+    rewording = reword(judge, report.clean.embedded.captions, UniversalWord("red"), seed=4)
+    assert rewording.by_chance.word != "red"
+    assert rewording == reword(judge, report.clean.embedded.captions, UniversalWord("red"), seed=4)
+    found = measure_words(victim, report, rewording)
+    assert list(found) == ["word", "noise and word"]
+    for side, word in (("noise", rewording.by_chance), ("attacked", rewording.word)):
+        changed = [
+            replace(s, texts=(Text(with_word(s.texts[0].text, place, word.word)),))
+            for s, place in zip(labelled, rewording.places, strict=True)
+        ]
+        plain = evaluate_model(victim, Listed(changed), tasks=("retrieval",), precision="fp32").embedded
+        for name, images in (("word", report.clean), ("noise and word", getattr(report, side))):
+            measured = getattr(found[name], side)
+            torch.testing.assert_close(measured.embedded.texts, plain.texts)
+            scores = images.embedded.images @ plain.texts.T
+            right = (scores.argmax(0) == torch.arange(12)).float()
+            assert hits_of(measured)["text_to_image/recall@1"].right.tolist() == right.tolist()
+    for one in found.values():
+        assert one.clean.zeroshot is one.noise.zeroshot is one.attacked.zeroshot is None
+        assert hits_of(one.clean)["text_to_image/recall@5"].right.tolist() == (
+            hits_of(report.clean)["text_to_image/recall@5"].right.tolist()
+        )
+    assert [found[name].eps for name in found] == [0, 60]
+    lines = found["word"].lines()
+    assert "random word" in lines[0]
+    assert any("with 'red' in them" in line and rewording.by_chance.word in line for line in lines)
+
+
+def test_captions_that_become_equal_stay_apart(make_model):
+    """All become "red": both texts are equal, and each has one right image still."""
+    model = make_model(texts=["red", "blue", "green"] * 4)
+    image = np.full((16, 16, 3), 255, np.uint8)
+    samples = [Sample(word, image // (n + 1), (Text(word),), word) for n, word in enumerate(("blue", "green"))]
+    report = measure_attack(model, Listed(samples), sign_noise(16, 0), precision="fp32")
+    rewording = reword(model, report.clean.embedded.captions, UniversalWord("red"))
+    assert rewording.texts(rewording.word) == ["red", "red"]
+    one = measure_words(model, report, rewording)["word"]
+    assert hits_of(one.attacked)["text_to_image/recall@1"].right.sum() == 1
+
+
+def test_a_word_needs_the_captions_of_the_report(make_model, labelled):
+    model = make_model()
+    report = measure_attack(model, labelled, sign_noise(16, 8), precision="fp32")
+    other = reword(model, ["a red circle"], UniversalWord("green"))
+    with pytest.raises(EvaluationError, match="the same as in the report"):
+        measure_words(model, report, other)
 
 
 def test_hits_are_those_of_the_evaluation(make_model, labelled):

@@ -1,8 +1,20 @@
 import numpy as np
 import pytest
+import torch
 
-from diptych.errors import EvaluationError
-from diptych.evaluation.protection import Correct, measure_ownership, measure_protection, ownership, protection
+from diptych.data.sources import Listed
+from diptych.errors import ConfigError, EvaluationError
+from diptych.evaluation.protection import (
+    Correct,
+    measure_domains,
+    measure_ownership,
+    measure_protection,
+    ownership,
+    protection,
+)
+from diptych.models.seen import Labelled, Seen
+from diptych.models.statistics import LayerStatistics
+from diptych.types import Sample
 
 
 def test_the_numbers_of_the_definition():
@@ -73,3 +85,33 @@ def test_a_measurement_needs_images_and_another_domain():
         measure_protection(one, {"u": empty})
     with pytest.raises(EvaluationError, match=r"same images.*4 and 3"):
         measure_protection(one, {"u": Correct(one.plain, one.plain[:3])})
+
+
+class Judge:
+    """Is right in these domains, and looks at images once."""
+
+    def __init__(self, *domains: str) -> None:
+        self.domains, self.looked = domains, []
+
+    def exam(self, source) -> Labelled:
+        self.looked.append(source.name)
+        place = float("abc".index(source.without_image(0).domain))
+        embedding = torch.full((len(source), 1), place)
+        return Labelled(Seen(embedding, LayerStatistics((), ())), torch.zeros(len(source), dtype=torch.int64))
+
+    def correct(self, data: Labelled) -> np.ndarray:
+        return np.full(len(data), float("abc"[int(data.seen.embedding[0, 0])] in self.domains))
+
+
+def test_two_classifiers_are_measured_on_the_same_images_of_every_domain():
+    samples = [Sample(f"{name}{row}", None, (), name, "x", name) for name in "abc" for row in range(4)]
+    source, plain, protected = Listed(samples, "all"), Judge("a", "b"), Judge("a")
+    found = measure_domains(plain, protected, source, "a")
+    right = {name: (np.full(4, float(name in "ab")), np.full(4, float(name == "a"))) for name in "abc"}
+    expected = measure_protection(Correct(*right["a"]), {name: Correct(*right[name]) for name in "bc"})
+    assert found.metrics == expected.metrics and found.metrics["W_ua/b"].value == 1
+    assert (plain.looked, protected.looked) == ([], ["all:a", "all:b", "all:c"])
+    with pytest.raises(ConfigError, match=r"no domain 'd'.*Known: a, b, c"):
+        measure_domains(plain, protected, source, "d")
+    with pytest.raises(EvaluationError, match="no unauthorised one"):
+        measure_domains(plain, protected, Listed(samples[:4], "one"), "a")

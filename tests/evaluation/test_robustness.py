@@ -8,8 +8,9 @@ import torch
 from diptych.data.corruptions import CORRUPTIONS
 from diptych.data.sources import Listed
 from diptych.errors import ConfigError, EvaluationError, InputError
-from diptych.evaluation.robustness import ALL_CORRUPTIONS, RobustnessConfig, audit, draw
-from diptych.evaluation.run import evaluate_model
+from diptych.evaluation.robustness import ALL_CORRUPTIONS, RobustnessConfig, audit, compare_audits, draw
+from diptych.evaluation.run import compare, evaluate_model
+from diptych.evaluation.stats import paired_difference
 from diptych.models.perturbation import load_perturbation, sign_noise
 from diptych.types import Text
 
@@ -144,6 +145,48 @@ def test_a_universal_noise_from_a_file_stands_beside_random_noise_of_its_eps(mak
     assert [row.scores for row in same.rows] == [row.scores for row in found.rows]
     with pytest.raises(InputError, match="cannot be read as a noise"):
         audit(make_model(), labelled(), replace(config, universal=tmp_path / "absent.npy"))
+
+
+def test_two_models_are_compared_item_by_item(found, make_model, labelled):
+    other = audit(make_model(1), labelled(), QUICK)
+    differences = compare_audits(other, found)
+    assert tuple(differences) == found.metrics
+    plain = compare(*(evaluate_model(make_model(seed), labelled(), precision="fp32") for seed in (1, 0)))
+    pairs = list(zip(other.answers, found.answers, strict=True))
+    for metric, values in differences.items():
+        assert list(values) == [row.name for row in found.summary()]
+        assert values["clean"] == plain[metric]
+        for one, two in ((a, b) for a, b in pairs if a.severity is None):
+            a, b = one.hits[metric], two.hits[metric]
+            assert values[one.name] == paired_difference(a.right, b.right, cluster=a.cluster, seed=0)
+    same = compare_audits(found, audit(make_model(), labelled(), QUICK))
+    assert {(v.value, v.low, v.high) for values in same.values() for v in values.values()} == {(0, 0, 0)}
+
+
+def test_differences_are_the_second_minus_the_first(make_model, drawings):
+    """A model that knows its drawings beside one to which all images are the same."""
+    model, source = fitted(make_model, drawings)
+    config = RobustnessConfig(eps=(1.0,), steps=2, corruptions=(), words=False)
+    blind = make_model()
+    with torch.no_grad():
+        blind.image_head.linear.weight.zero_()  # every image is the same to it, and ties count against it
+    audits = [audit(each, source, config) for each in (blind, model)]
+    found = compare_audits(*audits)["image_to_text/recall@1"]["clean"]
+    assert found.value == 1.0 and compare_audits(*audits[::-1])["image_to_text/recall@1"]["clean"].value == -1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"seed": 1}, "robustness, seed"),
+        ({"steps": 3}, "robustness"),
+        ({"images": 10}, "captions, fingerprint, images, robustness, source"),
+    ],
+)
+def test_other_audits_are_not_compared(found, make_model, labelled, changes, complaint):
+    other = audit(make_model(), labelled(), replace(QUICK, **{"eps": (), "words": False, "corruptions": ()} | changes))
+    with pytest.raises(EvaluationError, match=f"these differ in {complaint}.*, changes of the images"):
+        compare_audits(found, other)
 
 
 def test_samples_are_drawn_by_seed(labelled):

@@ -4,15 +4,18 @@ import torch
 
 from diptych.data.class_masks import UNKNOWN
 from diptych.data.sources import Listed
-from diptych.errors import EvaluationError
+from diptych.errors import ConfigError, EvaluationError
 from diptych.evaluation.segmentation import (
     Labelled,
     confusion,
+    labels_of,
     measure_said,
     measure_segmentation,
+    only_image,
+    probabilities_of,
     segment_source,
 )
-from diptych.types import Region, Sample
+from diptych.types import Batch, Region, Sample, TowerOutput
 
 
 def drawn(count: int, classes: int, seed: int = 0, sides: tuple[int, int] = (5, 7)):
@@ -161,3 +164,28 @@ class TestSources:
                     ("cat", "cow"),
                 )
             )
+
+
+def test_more_words_for_background_never_lower_it():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 3, 4)
+    fewer = probabilities_of(logits[1:], 2, scale=1.0)
+    more = probabilities_of(logits, 3, scale=1.0)
+    torch.testing.assert_close((more[0] / more[1]).clamp(min=fewer[0] / fewer[1]), more[0] / more[1])
+    assert torch.equal(probabilities_of(logits, 0), (40 * logits).softmax(0))
+    assert probabilities_of(logits, 1).shape == (5, 3, 4) and more.shape == (3, 3, 4)
+
+
+def test_only_a_background_takes_what_is_not_sure():
+    probabilities = torch.tensor([[[0.1, 0.3]], [[0.15, 0.6]], [[0.12, 0.1]]])
+    assert labels_of(probabilities, background=True, least=0.2).tolist() == [[0, 1]]
+    assert labels_of(probabilities, background=False, least=0.2).tolist() == [[1, 1]]
+
+
+def test_the_one_image_of_a_batch():
+    images, group = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.arange(2)
+    assert only_image(Batch(("a",), (images[:1],), (), group[:1])).shape == (3, 4, 5)
+    seen = TowerOutput(torch.zeros(1, 8))
+    for several in (Batch(("a", "b"), (images,), (), group), Batch(("a",), (seen,), (), group[:1])):
+        with pytest.raises(ConfigError, match="one at a time"):
+            only_image(several)

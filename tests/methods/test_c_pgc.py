@@ -2,6 +2,7 @@ import json
 import math
 import runpy
 from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,27 @@ import torch
 from torch.nn import functional as F
 
 from diptych.data.sources import Listed
+from diptych.data.text_changes import stop_words
+from diptych.data.words import whole_words
 from diptych.errors import ConfigError, DataError, TrainingError
 from diptych.methods.c_pgc import (
     Attack,
     Config,
     Generator,
     Partners,
+    WordLearner,
+    _batches,
     attack_loss,
     augmented,
     farthest,
     inverted_contrast,
+    word_loss,
+    word_vector,
 )
+from diptych.models.build import build
+from diptych.models.foreign import HFTextConfig
 from diptych.models.perturbation import load_perturbation
+from diptych.models.text import AbstractTextTower
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-12}
 TINY = Config(
@@ -53,9 +63,10 @@ NAMES = {
 }
 
 
-def official(numbers: dict[str, np.ndarray], condition_dim: int) -> Generator:
+def official(numbers: dict[str, np.ndarray], condition_dim: int, **options: int) -> Generator:
     """Return the generator of the official numbers, in float64."""
-    generator = Generator(numbers["z"].shape[1], ((32,), (8,)), 10, condition_dim).double()
+    count, z_dim = numbers["z"].shape[:2]
+    generator = Generator(z_dim, ((32,), (8,)), count, condition_dim, **options).double()
     with torch.no_grad():
         for name, parameter in generator.named_parameters():
             module, _, kind = name.rpartition(".")
@@ -140,6 +151,47 @@ def test_two_official_steps(golden):
         for name, value in parts.items():
             assert value == pytest.approx(numbers[name][step], rel=1e-6)
         loss = attack_loss(embed, [images], delta, partners, config)
+        assert loss.item() == pytest.approx(numbers["loss"][step], rel=1e-6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(
+        generator.merge.weight.detach(), tensor(numbers["after_merge_weight"]), rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.data
+def test_official_steps_of_the_text_side(golden):
+    numbers = golden("c_pgc", "text_steps")
+    settings = json.loads(str(numbers["settings"]))
+    config = Config(lr=settings["lr"], temperature=settings["tau"], distance_weight=settings["alpha"])
+    vocabulary = {word: row for row, word in enumerate(numbers["vocabulary"].tolist())}
+    table, head, weight = (tensor(numbers[name]) for name in ("token_table", "W_txt", "position_weight"))
+
+    def embed(texts: list[str], places: np.ndarray, vector: torch.Tensor | None = None) -> torch.Tensor:
+        found = []
+        for text, place in zip(texts, places, strict=True):
+            rows = table[[settings["bos"], *(vocabulary[word] for word in text.split())]]
+            if vector is not None:
+                rows = torch.where(torch.arange(len(rows))[:, None] == place, vector, rows)
+            found.append(head @ (rows * weight[: len(rows), None]).mean(0))
+        return F.normalize(torch.stack(found), dim=-1)
+
+    generator = official(numbers, settings["context_dim"], channels=settings["n_words"], first=1)
+    optimizer = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.5, 0.999))
+    for step in range(settings["steps"]):
+        images, targets = (tensor(numbers[name][step]) for name in ("image_features", "target_image_features"))
+        texts, places = numbers["texts"][step].tolist(), numbers["replaced_token_index"][step, :, 0]
+        partners = Partners(images, torch.ones(len(texts), 1, dtype=torch.bool), targets, torch.arange(len(targets)))
+        made = generator(tensor(numbers["z"]), images.repeat_interleave(len(texts), 0))
+        vector = word_vector(made, table.shape[1], settings["min_norm"], settings["max_norm"])
+        torch.testing.assert_close(vector.detach(), tensor(numbers["embedding"][step, 0]), rtol=1e-6, atol=1e-9)
+        sides = embed(texts, places, vector), embed(texts, places)
+        parts = {"loss_cl": replace(config, distance_weight=0.0)}
+        parts["distance_sum"] = replace(config, contrast_weight=0.0, distance_weight=-1.0)
+        for name, alone in parts.items():
+            assert word_loss(*sides, partners, alone).item() == pytest.approx(numbers[name][step], rel=1e-6)
+        loss = word_loss(*sides, partners, config)
         assert loss.item() == pytest.approx(numbers["loss"][step], rel=1e-6)
         optimizer.zero_grad()
         loss.backward()
@@ -269,9 +321,103 @@ def test_some_steps_lower_the_loss_of_a_linear_model():
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_a_word_keeps_its_length_within_those_of_words():
+    made = torch.tensor([3.0, 4, 0, 7]).view(1, 1, 2, 2)
+    assert word_vector(made, 2, 1, 9).tolist() == [3, 4]  # what is too many is cut off
+    torch.testing.assert_close(word_vector(made, 2, 1, 2), torch.tensor([1.2, 1.6]))
+    torch.testing.assert_close(word_vector(made, 2, 10, 20), torch.tensor([6.0, 8.0]))
+
+
+WORDY = replace(TINY, word=True, word_filters=((32,), (8,)), word_z_dim=4)
+
+
+def test_the_word_leaves_the_noise_as_it_is_to_the_last_bit(make_model, drawings):
+    model, source = make_model(texts=[sample.texts[0].text for sample in drawings(12)]), drawings(12)
+    alone, pair = (Attack(config).fit(model, source) for config in (TINY, WORDY))
+    assert torch.equal(alone.delta, pair.delta)
+    assert alone.word is None and pair.word is not None
+    assert Attack(replace(WORDY, eps=0)).fit(model, source).word == pair.word
+
+
+def test_the_word_is_one_of_the_model_and_no_stop_word(make_model, drawings):
+    model = make_model(texts=["the blue circle of the square", "the and of with"] * 4)
+    assert {"the", "of", "and"} <= set(whole_words(model.tokenizer).values())
+    config = replace(WORDY, eps=0, steps=1)
+    learner = WordLearner(model, drawings(6), 6, config)
+    assert not set(learner.words.values()) & stop_words("en")
+    assert Attack(config).fit(model, drawings(6)).word.word in learner.words.values()
+
+
+def test_learning_changes_the_embedding_that_becomes_the_word(make_model, drawings):
+    """It is that before the last step, so that one step takes what the first weights make."""
+    model, source = make_model(), drawings(6)
+    config = replace(WORDY, eps=0, lr=1e-2)
+    learner = WordLearner(model, source, 6, config)
+    loaders = [_batches(model, source, config, seed=seed) for seed in (0, 1)]
+    made = [learner.step(*pair, 0) for pair in islice(zip(*loaders, strict=True), 3)]
+    assert learner.table.shape[1:] == made[0].shape
+    shortest, longest = learner.table.norm(dim=1).aminmax()
+    for before, after in pairwise(made):
+        assert not torch.equal(before, after)
+        assert shortest - 1e-5 <= after.norm() <= longest + 1e-5
+    row = 3
+    assert learner.nearest(learner.table[row] + 1e-4).word == [*learner.words.values()][row]
+
+
+def test_some_steps_lower_the_loss_of_a_linear_text_side():
+    """A word's vector is the whole text; its image is one way and the other image another way, and the word turns round."""
+    torch.manual_seed(0)
+    partners = Partners(torch.eye(16)[:1], torch.ones(1, 1, dtype=torch.bool), torch.eye(16)[1:2], torch.tensor([0]))
+    generator = Generator(4, ((32,), (8,)), 2, 3, channels=1, first=1)
+    z, condition, clean = torch.randn(2, 4, 1, 1), torch.ones(2, 3), torch.eye(16)[:1]
+    optimizer = torch.optim.Adam(generator.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        adversarial = F.normalize(word_vector(generator(z, condition), 16, 0.5, 2.0)[None], dim=1)
+        loss = word_loss(adversarial, clean, partners, replace(TINY, distance_weight=0.0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 2  # cosines change by 0.2 at least, at a temperature of 0.1
+
+
+def test_a_text_tower_of_transformers_learns_a_word(make_model, drawings, tmp_path):
+    from transformers import BertConfig
+
+    ours = make_model()
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    BertConfig(vocab_size=300, max_position_embeddings=16, **sizes).save_pretrained(tmp_path)
+    theirs = build(replace(ours.config, text=HFTextConfig(str(tmp_path))), ours.tokenizer)
+    found = Attack(replace(WORDY, eps=0)).fit(theirs, drawings(6))  # 24 is not 16 times a whole number: cut
+    assert found.word.word in whole_words(ours.tokenizer).values()
+
+
+def test_without_words_or_their_embeddings_a_word_cannot_be_learnt(make_model, drawings):
+    class Opaque(AbstractTextTower):
+        by_row, width = False, 16
+
+        def __init__(self, tower: AbstractTextTower) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, ids, mask):
+            return self.tower(ids, mask)
+
+    model = make_model()
+    model.text = Opaque(model.text)
+    with pytest.raises(ConfigError, match="Opaque has no token_embeddings"):
+        Attack(WORDY).fit(model, drawings(6))
+    assert Attack(TINY).fit(model, drawings(6)).word is None
+    with pytest.raises(ConfigError, match="no stop words for the language 'tlh'"):
+        replace(WORDY, language="tlh")
+
+
 @pytest.mark.slow
 def test_the_example_runs(tmp_path, capsys):
     example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "c_pgc.py"))
-    example["main"](tmp_path / "noise.png", steps=2, count=24)
-    assert load_perturbation(tmp_path / "noise.png").delta.shape == (3, 64, 64)
-    assert "shuffled  text_to_image/recall@1: lost" in capsys.readouterr().out
+    example["main"](tmp_path / "pair.safetensors", steps=2, count=24)
+    pair, said = load_perturbation(tmp_path / "pair.safetensors"), capsys.readouterr().out
+    assert pair.delta.shape == (3, 64, 64) and f"The word is {pair.word.word!r}" in said
+    for name in ("shuffled", "word", "noise and word"):
+        assert f"{name:14} text_to_image/recall@1: lost" in said

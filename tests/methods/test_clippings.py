@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diptych.claims import names
+from diptych.claims import lines, names
 from diptych.claims.claim import Trial
 from diptych.claims.reproduce import check
 from diptych.claims.train import train_quietly
@@ -184,21 +184,26 @@ class TestNames:
 class TestClaims:
     def test_they_are_well_formed(self):
         check(claim(), "clippings")
-        assert [one.name for one in claim()] == ["pooling", "labels", "strings"]
+        assert [one.name for one in claim()] == ["pooling", "labels", "strings", "ocr"]
 
     def test_controls_are_judged(self):
-        pooling, labels, _ = (one.control.passed for one in claim())
+        pooling, labels, *_ = (one.control.passed for one in claim())
         numbers = {"baseline": [0.6, 0.6], "method": [0.8, 0.8], "control": [0.5, 0.5]}
         assert pooling(numbers) and labels(numbers)
         assert not pooling(numbers | {"control": [0.75, 0.7]}) and not labels(numbers | {"control": [0.75, 0.7]})
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["pooling", "labels", "strings"])
-    def test_every_arm_runs(self, name, monkeypatch):
+    @pytest.mark.parametrize("name", ["pooling", "labels", "strings", "ocr"])
+    def test_every_arm_runs(self, name, monkeypatch, tmp_path):
         pytest.importorskip("matplotlib"), pytest.importorskip("emoji")
-        monkeypatch.setattr(names, "PARTS", {"train": 24, "validation": 6, "test": 8, "distractors": 10})
+        if name == "ocr":
+            pytest.importorskip("rapidocr")
+        parts = {"train": 24, "validation": 6, "test": 8, "distractors": 10}
+        for module in (names, lines):
+            monkeypatch.setattr(module, "PARTS", parts)
+        monkeypatch.setenv("DIPTYCH_CACHE", str(tmp_path))
         monkeypatch.setattr(clippings, "_FIRST", {})
-        names.name_records.cache_clear()
+        names.name_records.cache_clear(), lines.linked_lists.cache_clear()
         (one,) = (one for one in claim() if one.name == name)
         trained: list[Recipe] = []
 
@@ -208,10 +213,11 @@ class TestClaims:
             return train_quietly(settings, source, load_method(settings.method), seed=0, model=model)[0]
 
         for arm in one.arms:
-            assert 0 <= arm.run(Trial(0, "test", {}, lambda slug: load_method(slug).mini(), train)) <= 1, arm.name
+            value = arm.run(Trial(0, "test", {}, lambda slug: load_method(slug).mini(), train))
+            assert 0 <= value <= 1, arm.name
         phases = [settings.objective.phase for settings in trained]
-        assert phases.count("align") == 2 - (name == "labels")  # once per noise, not once per arm
-        names.name_records.cache_clear()
+        assert phases.count("align") == 2 - (name in ("labels", "ocr"))  # once per noise, not once per arm
+        names.name_records.cache_clear(), lines.linked_lists.cache_clear()
 
 
 @pytest.mark.slow

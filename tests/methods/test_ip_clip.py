@@ -22,6 +22,7 @@ from diptych.data.loader import Loader, LoaderConfig
 from diptych.data.parts import by_domain
 from diptych.data.sources import AbstractSource, Listed, Subset
 from diptych.errors import CheckpointError, ConfigError, DataError, TextError, TrainingError
+from diptych.evaluation.protection import measure_domains
 from diptych.methods import ip_clip
 from diptych.methods.ip_clip import (
     PRESETS,
@@ -31,7 +32,6 @@ from diptych.methods.ip_clip import (
     Interaction,
     Lesson,
     Logits,
-    Predictor,
     Weights,
     claim,
     column_entropy,
@@ -44,7 +44,7 @@ from diptych.methods.ip_clip import (
 from diptych.models.bank import fill_bank
 from diptych.models.seen import Labelled, Seen, labels_of, see, shown
 from diptych.models.statistics import layer_statistics
-from diptych.models.style_prompts import Projector, Prompted, prompted
+from diptych.models.style_prompts import Projector, Prompted, StyleClassifier, prompted
 from diptych.models.text import AbstractTextTower, with_context
 from diptych.types import Batch, Tokens, TowerOutput, map_tensors
 
@@ -86,9 +86,9 @@ class CumulativeMean(AbstractTextTower):
         self.ids = torch.cat([own[:, :1], pad[:, :28], own[:, 1:], pad[:, : 77 - 33]], 1)
         self.ends = torch.from_numpy(numbers["eot_position"])
 
-    def forward(self, ids, mask, *, layers=(), attention=(), context=None):
+    def forward(self, ids, mask, *, layers=(), attention=(), context=None, context_start=1):
         del mask, layers, attention
-        x = with_context(self.table[ids], context) + self.numbers["positional"]
+        x = with_context(self.table[ids], context, context_start) + self.numbers["positional"]
         x = x + torch.tanh(x.cumsum(1) / torch.arange(1, 78)[:, None])
         x = F.layer_norm(x, (8,), self.numbers["ln_weight"], self.numbers["ln_bias"], 1e-5)
         ends = self.ends[(ids[:, 0] // 5)]
@@ -360,7 +360,7 @@ def test_it_learns_and_leaves_the_model_as_it_was(make_model, pictures):
     assert predictor(batch_of(model, pictures)).shape == (24, 2)
 
 
-def learn_nothing(predictor: Predictor, pictures: AbstractSource) -> Projector:
+def learn_nothing(predictor: StyleClassifier, pictures: AbstractSource) -> Projector:
     config = replace(SMALL, optimizer=replace(SMALL.optimizer, lr=0.0))
     return Adapter(config).fit(predictor.model, pictures).projector
 
@@ -460,7 +460,7 @@ def test_two_predictors_are_measured_on_all_domains(make_model, pictures):
     plain, fenced = (
         Adapter(replace(SMALL, weights=weights)).fit(model, pictures) for weights in (SUPERVISED, Weights())
     )
-    metrics = ip_clip.measure(plain, fenced, pictures).metrics
+    metrics = measure_domains(plain, fenced, pictures, "day").metrics
     right = [
         int(
             (
@@ -470,9 +470,9 @@ def test_two_predictors_are_measured_on_all_domains(make_model, pictures):
         for source in by_domain(pictures).values()
     ]
     assert [metrics["A_a"].value, metrics["A_u/night"].value] == pytest.approx([count / 12 for count in right])
-    assert ip_clip.measure(plain, plain, pictures).metrics["W_ua"].value == 0
+    assert measure_domains(plain, plain, pictures, "day").metrics["W_ua"].value == 0
     with pytest.raises(ConfigError, match=r"no domain .day..*Known: night"):
-        ip_clip.measure(plain, fenced, by_domain(pictures)["night"])
+        measure_domains(plain, fenced, by_domain(pictures)["night"], "day")
 
 
 def order_of(source: AbstractSource, model) -> list[int]:
@@ -563,7 +563,7 @@ class TestClaims:
             return {split: Subset(found, range(0, len(found), 10), found.name) for split, found in whole(name).items()}
 
         monkeypatch.setattr(domains, "parts", few)
-        caches = (domains.domain, domains.domain_classes, ip_clip.accuracies, ip_clip.learnt)
+        caches = (domains.domain, domains.domain_classes, domains.accuracies, domains.learnt)
         for cached in caches:
             cached.cache_clear()
         values, noted, images = {}, {}, []

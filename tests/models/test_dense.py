@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from diptych.errors import ConfigError
 from diptych.models.codebook import CodebookHeadConfig
@@ -13,6 +14,7 @@ from diptych.models.dense import (
     patch_embeddings,
     query_key_attention,
     value_attention,
+    values_on_grid,
 )
 from diptych.models.foreign import TimmConfig, TimmTower
 from diptych.models.heads import LinearHead, LinearHeadConfig
@@ -61,6 +63,19 @@ def test_a_given_affinity_replaces_the_mixing():
     torch.testing.assert_close(alone, vit.transformer.blocks[2].attention.join(inputs.heads.value))
     mean = attention_update(vit, inputs, given_affinity(torch.full((2, 1, 9, 9), 1 / 9)))
     torch.testing.assert_close(mean, alone.mean(1, keepdim=True).expand_as(mean))
+
+
+def test_values_on_another_grid_are_resized_head_by_head():
+    vit = tower()
+    (inputs,) = attention_inputs(vit, pixels(2, 3, 12, 20))
+    assert values_on_grid(inputs, inputs.grid) is inputs
+    finer = values_on_grid(inputs, (6, 10))
+    value = inputs.heads.value  # 2 images, 2 heads, 15 patches, 8 channels
+    for head in range(2):
+        maps = value[:, head].mT.unflatten(2, (3, 5))
+        expected = interpolate(maps, (6, 10), mode="bilinear").flatten(2).mT
+        torch.testing.assert_close(finer.heads.value[:, head], expected)
+    assert finer.grid == (6, 10) and finer.block == inputs.block
 
 
 def test_value_attention_is_the_naive_softmax_and_tends_to_the_identity():

@@ -1,10 +1,8 @@
 """Embeddings of other libraries' models and of ours must agree, whichever way weights travel."""
 
-import json
 import warnings
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from diptych.models.huggingface import from_huggingface, to_huggingface
 from diptych.models.openclip import clip_tokenizer, from_openclip, to_openclip
 from diptych.models.text import TextConfig
 from diptych.models.vision import VisionConfig
+from other_libraries import hf_clip, hf_siglip, openclip_folder, randomise, save_hf, vit_b_32_like
 
 TEXTS = ["a red cat", "two dogs & a tree", "it's THE 42nd   day", "naïve café 猫 🐈"]
 
@@ -38,49 +37,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, normalize(theirs.float(), dim=-1), rtol=0, atol=1e-5)
 
 
-def randomise(module: torch.nn.Module) -> None:
-    """Move every parameter off its initial value, so that no bias or norm is trivially 0 or 1."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
 # --- transformers ---
-
-
-def hf_clip(activation: str):
-    from transformers import CLIPConfig, CLIPModel
-
-    tower = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": activation}
-    text = {"hidden_size": 32, "vocab_size": 300, "max_position_embeddings": 16, **tower}
-    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    vision = {"hidden_size": 64, "image_size": 32, "patch_size": 8, **tower}
-    return CLIPModel(CLIPConfig(text_config=text | ids, vision_config=vision, projection_dim=24)).eval()
-
-
-def hf_siglip():
-    from transformers import SiglipConfig, SiglipModel
-
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": 300, "max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    vision = {"image_size": 32, "patch_size": 8}
-    return SiglipModel(SiglipConfig(text_config=text | tower, vision_config=vision | tower)).eval()
-
-
-def save_hf(model, folder: Path, tokenizer: Tokenizer) -> None:
-    from transformers import CLIPImageProcessor, SiglipImageProcessor
-
-    model.save_pretrained(folder)
-    if "Siglip" in type(model).__name__:
-        processor = SiglipImageProcessor(size={"height": 32, "width": 32})
-    else:
-        processor = CLIPImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
-    processor.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(tokenizer.to_json())
-    special = {"bos_token": "<begin>", "eos_token": "<end>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
 
 
 def hf_embeddings(model, pixels: torch.Tensor, tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,44 +108,6 @@ def test_missing_tokenizer_other_family_and_offline(tmp_path, tokenizer):
 
 
 # --- open_clip ---
-
-
-def openclip_folder(folder: Path, model_cfg: dict, tokenizer: Tokenizer) -> None:
-    import open_clip
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    kind = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
-    model = kind(**{key: value for key, value in model_cfg.items() if key != "custom_text"})
-    randomise(model)
-    folder.mkdir()
-    preprocess = {
-        "mean": [0.5, 0.4, 0.3],
-        "std": [0.2, 0.3, 0.4],
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
-    record = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(record))
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "tokenizer.json").write_text(tokenizer.to_json())
-
-
-def vit_b_32_like(quick_gelu: bool) -> dict:
-    return {
-        "embed_dim": 24,
-        "quick_gelu": quick_gelu,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-        "text_cfg": {
-            "context_length": 16,
-            "vocab_size": 300,
-            "width": 32,
-            "heads": 2,
-            "layers": 2,
-            "eos_id": 1,
-            "pool_type": "eos",
-        },
-    }
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from diptych.data.words import UniversalWord
 from diptych.errors import ConfigError, InputError
 from diptych.models.embedding import embed_images, embed_source_images, eval_mode, inference
 from diptych.models.perturbation import (
@@ -137,6 +140,29 @@ def test_a_file_of_many_tensors_is_refused(tmp_path):
     with pytest.raises(InputError, match="not one tensor `delta`"):
         load_perturbation(tmp_path / "two.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(json.dumps({}).encode())
+    with pytest.raises(InputError, match="cannot be read"):
+        load_perturbation(tmp_path / "broken.safetensors")
+
+
+def test_a_word_is_kept_beside_the_noise(tmp_path):
+    noise = replace(sign_noise(4, 8), word=UniversalWord("vélo", "fr"))
+    noise.save(tmp_path / "pair.safetensors")
+    found = load_perturbation(tmp_path / "pair.safetensors", eps=4)
+    assert found.word == noise.word and found.eps == 4
+    assert torch.equal(found.delta, noise.delta / 2)
+    for name in ("pair.npy", "pair.png"):
+        with pytest.raises(ConfigError, match=f"holds both; not as {name}"):
+            noise.save(tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_files_without_a_word_are_read_as_before(tmp_path):
+    sign_noise(4, 8).save(tmp_path / "old.safetensors")
+    with safe_open(tmp_path / "old.safetensors", "pt") as archive:
+        assert archive.metadata() == {"eps": "8"}
+    assert load_perturbation(tmp_path / "old.safetensors").word is None
+    about = {"eps": "8", "word": "two words", "language": "en"}
+    save_file({"delta": sign_noise(4, 8).delta}, tmp_path / "broken.safetensors", metadata=about)
     with pytest.raises(InputError, match="cannot be read"):
         load_perturbation(tmp_path / "broken.safetensors")
 

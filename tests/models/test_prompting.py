@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diptych.data.tokenizer import TextPolicy, Tokenizer
-from diptych.errors import ConfigError, TextError
+from diptych.errors import TextError
 from diptych.models.dual import normalise
 from diptych.models.prompting import plain_attention, prompted_texts, slotted
 from diptych.types import fill_up
@@ -20,10 +20,12 @@ def test_slots_stand_behind_the_first_token(make_model):
     assert torch.equal(found.key, plain.key)
 
 
-def test_a_context_of_words_gives_the_texts_with_those_words(make_model):
-    """The embeddings of 'a photo of a' in the slots are the same as writing them."""
+@pytest.mark.parametrize("begin", [2, None])
+def test_a_context_of_words_gives_the_texts_with_those_words(make_model, begin):
+    """The embeddings of 'a photo of a' in the slots are the same as writing them; also where no token begins a text, as in SigLIP."""
     model = make_model(texts=["a photo of a dog.", "a photo of a elephant.", "a red circle."] * 4).eval()
-    words = model.tokenizer(["a photo of a"]).ids[0, 1:-1]
+    model.tokenizer = Tokenizer(model.tokenizer.engine, TextPolicy(length=16, begin=begin))
+    words = model.tokenizer(["a photo of a"]).ids[0, 0 if begin is None else 1 : -1]
     names = slotted(model.tokenizer, ["dog.", "elephant."], len(words))
     with torch.no_grad():
         context = model.text.token_embedding(words)[None].expand(2, -1, -1)
@@ -80,6 +82,3 @@ def test_prompts_that_are_too_long_are_refused(make_model):
         TextError, match=r"'a red circle\.' needs \d+ tokens and the learnt prompt 14; this model takes 16"
     ):
         slotted(tokenizer, NAMES[1:2], 14)
-    without = Tokenizer(tokenizer.engine, TextPolicy(begin=None))
-    with pytest.raises(ConfigError, match="begin with none"):
-        slotted(without, NAMES, 1)

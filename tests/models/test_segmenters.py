@@ -13,6 +13,7 @@ from diptych.models.foreign import TimmConfig, TimmTower
 from diptych.models.sam import load_sam
 from diptych.models.segmenters import ColourSegmenter, Prompts, inside_square, into_square, out_of_square
 from diptych.models.vision import VisionConfig, VisionTransformer
+from other_libraries import IMAGENET, save_dino, save_sam
 
 
 def picture(height: int = 24, width: int = 32, seed: int = 0) -> torch.Tensor:
@@ -84,38 +85,8 @@ def test_noise_is_not_trusted():
 
 @pytest.fixture(scope="module")
 def sam_folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.SamConfig(
-        vision_config={
-            "hidden_size": 16,
-            "output_channels": 8,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 8,
-            "mlp_dim": 32,
-            "num_pos_feats": 4,
-            "window_size": 3,
-            "global_attn_indexes": [1],
-        },
-        prompt_encoder_config={"hidden_size": 8, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
-        mask_decoder_config={
-            "hidden_size": 8,
-            "mlp_dim": 16,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": 8,
-            "num_hidden_layers": 1,
-        },
-    )
-    model = transformers.SamModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # off zero biases, positions and unit norms
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder := tmp_path_factory.mktemp("sam"))
-    record = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(record))
-    return folder
+    pytest.importorskip("transformers")
+    return save_sam(tmp_path_factory.mktemp("sam"))
 
 
 def test_attention_of_sam_is_that_of_its_last_block(sam_folder):
@@ -202,23 +173,14 @@ def test_a_sam_whose_last_block_sees_windows_only(sam_folder, tmp_path):
 
 @pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers", "vit"])
 def test_features_of_self_supervised_models(tmp_path, family):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-    if family == "vit":
-        settings["intermediate_size"] = 32
-    config = transformers.AutoConfig.for_model(family, **settings)
-    model = transformers.AutoModel.from_config(config).eval()
-    model.save_pretrained(tmp_path)
-    record = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(record))
+    pytest.importorskip("transformers")
+    model = save_dino(tmp_path, family)
     features = load_self_supervised(tmp_path)
     images = torch.stack([picture(28, 28), picture(28, 28, seed=1)])
     found = features(images)
     assert found.shape == (2, 16, 4, 4)
-    pixels = (images.float() / 255 - torch.tensor(record["image_mean"])[:, None, None]) / torch.tensor(
-        record["image_std"]
-    )[:, None, None]
+    mean, std = (torch.tensor(IMAGENET[name])[:, None, None] for name in ("image_mean", "image_std"))
+    pixels = (images.float() / 255 - mean) / std
     with torch.inference_mode():
         tokens = model(pixels).last_hidden_state
     before = 5 if family == "dinov2_with_registers" else 1  # class token and four registers

@@ -1,7 +1,23 @@
+import json
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
 import torch
 
+from diptych.data.sources import Listed
+from diptych.errors import DataError
+from diptych.models.seen import labels_of
 from diptych.models.statistics import layer_statistics
-from diptych.models.style_prompts import AbstractStylePrompts, Projector, Prompted, prompted, without_style
+from diptych.models.style_prompts import (
+    AbstractStylePrompts,
+    Projector,
+    Prompted,
+    StyleClassifier,
+    prompted,
+    read_style_classifier,
+    without_style,
+)
 
 
 def test_prompts_do_not_depend_on_where_things_are():
@@ -58,3 +74,56 @@ def test_names_have_slots_and_prompts_of_one_look_are_equal(make_model):
     assert said.texts.shape[:2] == (2, 2)
     torch.testing.assert_close(said.texts[0], said.texts[1])
     torch.testing.assert_close(said.texts.norm(dim=-1), torch.ones(2, 2))
+
+
+@dataclass(frozen=True)
+class Settings(AbstractStylePrompts):
+    method: ClassVar[str] = "ours"
+    rate: float = 0.5
+
+
+@pytest.fixture
+def shapes(drawings) -> Listed:
+    """Return more drawings than the prompts of which are read at once, labelled."""
+    found = [replace(s, label=s.texts[0].text.split()[2]) for s in drawings(36)]
+    return Listed(found, "shapes")
+
+
+@pytest.fixture
+def classifier(make_model) -> StyleClassifier:
+    model = make_model().requires_grad_(False).eval()
+    config = Settings(hidden=4, image_tokens=1, domain_repeats=1, precision="fp32", rate=0.25)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        projector = Projector([16], model.text.width, config)
+    return StyleClassifier(model, projector, ("circle", "square"))
+
+
+def test_a_classifier_is_right_where_its_logits_are(classifier, shapes):
+    exam = classifier.exam(shapes)
+    assert torch.equal(exam.label, labels_of(shapes, classifier.classes)) and len(exam) == 36
+    logits = classifier.logits(exam.seen)
+    said = prompted(classifier.model, classifier.names, classifier.projector, exam.seen.statistics, "fp32")
+    torch.testing.assert_close(logits, said.logits(exam.seen.embedding, classifier.model.scale), rtol=1e-4, atol=1e-5)
+    assert classifier.correct(exam).tolist() == (logits.argmax(1) == exam.label).double().tolist()
+    with pytest.raises(DataError, match="known: circle, square"):
+        classifier.exam(Listed([replace(shapes[0], label="star")], "odd"))
+
+
+def test_a_classifier_is_saved_with_its_settings_and_read_again(classifier, shapes, make_model, tmp_path):
+    classifier.save(tmp_path / "learnt")
+    found = read_style_classifier(tmp_path / "learnt", make_model(), Settings)
+    assert json.loads((tmp_path / "learnt" / "adapter.json").read_text())["method"] == "ours"
+    assert found.projector.config == classifier.projector.config and found.classes == classifier.classes
+    seen = classifier.exam(shapes).seen
+    assert torch.equal(found.logits(seen), classifier.logits(seen))
+
+
+def test_without_style_a_classifier_ignores_deviations(classifier, shapes):
+    seen = classifier.exam(shapes).seen
+    other = replace(
+        seen, statistics=replace(seen.statistics, deviations=tuple(3 * d for d in seen.statistics.deviations))
+    )
+    plain = classifier.without_style()
+    assert torch.equal(plain.logits(seen), plain.logits(other))
+    assert not torch.equal(classifier.logits(seen), classifier.logits(other))

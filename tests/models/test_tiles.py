@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diptych.errors import ConfigError
-from diptych.models.tiles import Tiles, Windows, upsampled
+from diptych.models.tiles import Tiles, Windows, resized_for_windows, upsampled, whole
 
 
 def test_a_square_is_one_tile():
@@ -54,6 +54,27 @@ def test_one_window_is_the_image():
 def test_windows_that_do_not_fit(side, stride):
     with pytest.raises(ConfigError, match="0 < stride <= side"):
         Windows(6, 9, side, stride)
+
+
+@pytest.mark.parametrize("fine", [1, 3])
+def test_windows_of_an_image_are_windows_of_its_maps(fine):
+    """A number per patch, repeated `fine` times along it, is cut as the image is."""
+    windows, patches = Windows(24, 40, 16, 12), torch.rand(6, 10)
+    image, maps = (patches.repeat_interleave(n, 0).repeat_interleave(n, 1) for n in (4, fine))
+    of_maps = windows.of_maps(4, fine)
+    expected = windows.cut(image)[:, ::4, ::4].repeat_interleave(fine, 1).repeat_interleave(fine, 2)
+    assert torch.equal(of_maps.cut(maps), expected)
+
+
+def test_images_are_resized_to_whole_patches_and_at_least_a_window():
+    assert [whole(length, 8) for length in (0.5, 8, 8.1, 106.7)] == [8, 8, 16, 112]
+    image = torch.full((3, 100, 30), 77, dtype=torch.uint8)
+    resized = resized_for_windows(image, short_side=32, long_side=2048, side=24, patch=8)
+    assert resized.shape == (3, 112, 32) and (resized == 77).all()  # 106.7 is 14 whole patches
+    assert resized_for_windows(image, short_side=32, long_side=40, side=24, patch=8).shape == (3, 40, 24)
+    step = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    step[..., 4:] = 255
+    assert resized_for_windows(step, short_side=8, long_side=8, side=8, patch=8).equal(step)
 
 
 def test_values_of_patches_are_spread_from_corner_to_corner():

@@ -217,8 +217,29 @@ def test_a_context_takes_the_place_of_words():
         same = tower(ids, mask, context=tower.token_embedding(ids[:, 1:4]))
         swapped = tower(ids, mask, context=tower.token_embedding(ids.flip(0)[:, 1:4]))
         expected = tower(torch.cat([ids[:, :1], ids.flip(0)[:, 1:4], ids[:, 4:]], 1), mask)
+        front = tower(ids, mask, context=tower.token_embedding(ids.flip(0)[:, :4]), context_start=0)
+        expected_front = tower(torch.cat([ids.flip(0)[:, :4], ids[:, 4:]], 1), mask)
     torch.testing.assert_close(same.tokens, plain.tokens)
     torch.testing.assert_close(swapped.tokens, expected.tokens)
+    torch.testing.assert_close(front.tokens, expected_front.tokens)
+
+
+def test_embeddings_of_tokens_in_place_of_tokens_change_nothing(bert):
+    for tower in (text_tower(), hf_tower(bert[1])):
+        ids, mask = tokens(6, 4)
+        with torch.no_grad():
+            found = tower(ids, mask, context=tower.token_embeddings(ids), context_start=0)
+            torch.testing.assert_close(found.tokens[mask], tower(ids, mask).tokens[mask])
+            torch.testing.assert_close(found.pooled, tower(ids, mask).pooled)
+
+
+def test_an_encoder_that_takes_no_vectors_says_so(tmp_path):
+    from transformers import CLIPTextConfig
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    CLIPTextConfig(vocab_size=50, max_position_embeddings=16, **sizes).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="takes inputs_embeds, and CLIPTextModel does not"):
+        HFTextTower(HFTextConfig(str(tmp_path))).token_embeddings(tokens(6)[0])
 
 
 def test_layers_and_attention_of_texts():
@@ -429,7 +450,10 @@ def test_a_context_takes_the_place_of_words_in_transformers_too(bert):
         context = tower.model.get_input_embeddings()(ids.flip(0)[:, 1:3])
         found = tower(ids, mask, context=context)
         expected = tower(torch.cat([ids[:, :1], ids.flip(0)[:, 1:3], ids[:, 3:]], 1), mask)
+        front = tower(ids, mask, context=context, context_start=0)
+        expected_front = tower(torch.cat([ids.flip(0)[:, 1:3], ids[:, 2:]], 1), mask)
     torch.testing.assert_close(found.tokens, expected.tokens)
+    torch.testing.assert_close(front.tokens, expected_front.tokens)
 
 
 @pytest.mark.parametrize("pool", ["mean", "first"])

@@ -24,6 +24,7 @@ from diptych.training.loop import fit
 from diptych.training.optim import OptimizerConfig
 from diptych.training.recipe import Recipe
 from diptych.types import PairEmbeddings, Sample, Text, TowerOutput, tensors_of
+from tiny_run import Killed
 
 RANDOM = Augment(crop_scale=(0.5, 1.0), flip_rate=0.5)
 DATA = LoaderConfig(batch_size=4)
@@ -340,10 +341,6 @@ def test_workers_look_up_the_same(make, workers):
     for one, two in zip(islice(loader, 4), islice(helped, 4), strict=True):
         assert one.keys == two.keys and torch.equal(one.images[0].pooled, two.images[0].pooled)
         assert torch.equal(one.texts[0].output.pooled, two.texts[0].output.pooled)
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(make, tmp_path):

@@ -25,6 +25,7 @@ from diptych.training.recipe import Recipe, repeats
 from diptych.training.step import accumulate_gradients, cached_gradients
 from diptych.types import Losses, PairEmbeddings, TowerOutput, concatenate
 from diptych.verbs import AbstractObjective
+from tiny_run import Killed
 
 EPS = 16.0
 RECIPE = Recipe(
@@ -38,10 +39,6 @@ RECIPE = Recipe(
     precision="fp32",
 )
 """Six steps on twelve samples."""
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 class Counting(AbstractObjective[PairEmbeddings]):

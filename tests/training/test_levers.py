@@ -24,6 +24,7 @@ from diptych.training.optim import OptimizerConfig
 from diptych.training.recipe import Recipe, repeats
 from diptych.types import Batch, Losses, PairEmbeddings, Tokens, TowerOutput
 from diptych.verbs import AbstractObjective
+from tiny_run import Killed
 
 RECIPE = Recipe(
     "plain",
@@ -37,10 +38,6 @@ RECIPE = Recipe(
     precision="fp32",
 )
 """Nine steps on twelve samples."""
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 class Plain(AbstractObjective[PairEmbeddings]):

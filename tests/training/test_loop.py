@@ -27,6 +27,7 @@ from diptych.training.optim import OptimizerConfig, schedule
 from diptych.training.recipe import Recipe
 from diptych.types import Batch, Losses, PairEmbeddings, Text
 from diptych.verbs import AbstractObjective
+from tiny_run import Killed
 
 DATA = LoaderConfig(batch_size=4, views=(Augment(crop_scale=(0.5, 1.0), flip_rate=0.5),))
 RECIPE = Recipe(
@@ -40,10 +41,6 @@ RECIPE = Recipe(
     precision="fp32",
 )
 """Six steps on twelve samples."""
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the package may catch it."""
 
 
 class Watched(AbstractObjective[PairEmbeddings]):

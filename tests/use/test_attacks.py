@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from diptych.data.sources import Listed
-from diptych.evaluation.attack import evaluate_changed, measure_attack
+from diptych.data.words import UniversalWord, with_word
+from diptych.evaluation.attack import evaluate_changed, hits_of, measure_attack, measure_words, reword
 from diptych.models.perturbation import UniversalPerturbation, sign_noise
-from diptych.use.attacks import render_attack, strike, to_picture
+from diptych.use.attacks import StruckCaption, render_attack, strike, strike_captions, to_picture
 
 
 @pytest.fixture
@@ -47,6 +48,24 @@ def test_the_change_is_shown_around_grey(make_model, drawings):
             32,
             32,
         )  # white becomes darker by all of eps: 127.5 - 96, rounded to even
+
+
+def test_captions_are_shown_with_the_word_in_place(make_model, drawings):
+    model, source = make_model(texts=["a red circle", "the blue square"] * 4), drawings(10)
+    report = measure_attack(model, source, sign_noise(16, 12), precision="fp32")
+    rewording = reword(model, report.clean.embedded.captions, UniversalWord("blue"))
+    by_word = measure_words(model, report, rewording)["word"]
+    was, still = (hits_of(part)["text_to_image/recall@1"].right for part in (by_word.clean, by_word.attacked))
+    shown = strike_captions(by_word, rewording, count=4)
+    assert len(shown) == min(4, int(was.sum()))
+    for one in shown:
+        row = rewording.captions.index(one.caption)
+        assert was[row] == 1 and one.fooled == (still[row] == 0)
+        assert with_word(one.caption, one.place, one.word) == rewording.texts(rewording.word)[row]
+    made = [StruckCaption("a <b> red dog", (6, 9), "&", True)]
+    page = render_attack([("m", by_word)], [], made, title="T", lead="L")
+    assert "a &lt;b&gt; <del>red</del> <strong>&amp;</strong> dog" in page and "FOOLED" in page
+    assert "<th>random word</th>" in page and "<th>random noise</th>" not in page
 
 
 def test_the_page_has_every_number_and_escapes_what_others_wrote(make_model, drawings):

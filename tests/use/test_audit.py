@@ -1,10 +1,12 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diptych.evaluation.robustness import Audit, Picture, Row, Score
+from diptych.evaluation.attack import Hits
+from diptych.evaluation.robustness import Answers, Audit, Picture, Row, Score
 from diptych.types import Interval
 from diptych.use.audit import audit_markdown, audit_page, lead
 
@@ -67,6 +69,22 @@ def test_markdown_has_the_same_numbers_in_tables(found):
     assert "| clean | 0.800 [0.750, 0.850] |  |" in text
     assert "| jpeg | 0.700 | 0.600 | 0.500 | 0.400 | 0.300 |" in text
     assert "- robustness.eps: [4.0]" in text and "- A note with <brackets>." in text
+
+
+def test_another_model_stands_beside_it(found):
+    def answers(rows, right: tuple[float, ...]) -> tuple[Answers, ...]:
+        hits = {METRIC: Hits(np.array(right), np.arange(len(right)))}
+        return tuple(Answers(row.family, row.name, hits, row.severity) for row in rows)
+
+    settings = dict(found.settings, seed=0)
+    mine = replace(found, settings=settings, answers=answers(found.rows, (1.0, 1.0, 0.0, 1.0)))
+    other = replace(mine, settings=settings | {"model": "<two>"}, answers=answers(found.rows, (1.0, 0.0, 0.0, 0.0)))
+    html, text = audit_page(mine, other), audit_markdown(mine, other)
+    assert (
+        "<two>" not in html and "&lt;two&gt; on the same images" in html and html.count("<strong>+0.500</strong>") == 7
+    )
+    assert "<two> on the same images" in text
+    assert re.search(r"\| PGD, eps 4 \| 0\.100 \[0\.050, 0\.150\] \| \+0\.500 \[\+0\.000, \+1\.000\] \|", text)
 
 
 def test_an_audit_of_nothing_but_clean_images_has_no_empty_tables(found):

@@ -38,6 +38,19 @@ def test_a_hit_is_named_green_and_a_miss_is_not():
     assert miss.count("MISS") == 1 and "HIT" not in miss
 
 
+def test_a_card_may_say_itself_whether_it_is_a_hit():
+    unlinked = (Candidate(0.2, "another", right=False),)
+    assert "HIT" in render([Card("q", None, unlinked, right=True)])
+    assert "MISS" in render([Card("q", None, (Candidate(0.9, "it", right=True),), right=False)])
+
+
+def test_pictures_like_lines_are_shown_wide():
+    line, square = Image.new("RGB", (200, 20)), Image.new("RGB", (20, 20))
+    html = render([Card("q", line, (Candidate(0.5, "x", line),)), Card("q", square, (Candidate(0.5, "x", square),))])
+    assert html.count('class="query wide"') == html.count('class="strip wide"') == 1
+    assert html.count('class="query"') == html.count('class="strip"') == 1
+
+
 def test_nobody_knows_so_nothing_is_claimed():
     html = render([Card("a cat", None, (Candidate(0.5, "x", RED), Candidate(0.4, "y", None)))])
     assert "HIT" not in html and "MISS" not in html and "right" not in html

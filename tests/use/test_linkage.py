@@ -107,7 +107,10 @@ def test_missing_texts_are_read_from_the_images(drawings):
     source[1] = replace(source[1], texts=())
     found = read_missing_texts(Listed(source), lambda image: f"{image.width} wide")
     assert [sample.texts[0].text for sample in found] == [source[0].texts[0].text, "24 wide", source[2].texts[0].text]
+    assert found.without_image(1).texts == found.texts(1) == found[1].texts and found.read == {1: "24 wide"}
     assert read_missing_texts(Listed(source), lambda image: "")[1].texts == ()
+    source[1] = replace(source[1], image=b"no picture")
+    assert read_missing_texts(Listed(source), lambda image: "never").read == {}
 
 
 def test_cards_show_the_least_sure_links_and_the_largest_clusters(make_model, drawings):
@@ -118,7 +121,15 @@ def test_cards_show_the_least_sure_links_and_the_largest_clusters(make_model, dr
     assert len(cards) == 4 and all(len(card.candidates) == 3 and card.image is not None for card in cards)
     edges = np.abs(linked.score[linked.judged, 0] - 0.9)
     assert abs(cards[0].candidates[0].score - 0.9) == pytest.approx(edges.min(), abs=1e-6)
+    assert all(card.right == card.candidates[0].right for card in link_cards(linked, found, found, (source, source)))
+    # Linked to nothing is right where there is nothing to link to.
+    nothing = link_records(found, found, threshold=2.0)
+    assert not any(card.right for card in link_cards(nothing, found, found, (source, source)))
+    others = replace(found, groups=("nobody",) * 24)
+    assert all(card.right for card in link_cards(nothing, found, others, (source, source)))
+    assert all(card.right is None for card in link_cards(nothing, replace(found, groups=None), found, (source, source)))
     clustered = cluster_records(replace(found, groups=None), threshold=2.0)
     (card,) = cluster_cards(clustered, found, source)
     assert card.text.endswith("(24 records)") and len(card.candidates) == 10
+    assert card.right is False  # six entities in one cluster
     assert [c.right for c in card.candidates] == [found.groups[row] == "g0" for row in range(1, 11)]

@@ -97,6 +97,7 @@ def test_bars_show_value_and_interval():
     assert "<strong>0.500</strong> <small>0.250 to 0.750</small>" in html
     assert '<line x1="50.0" x2="150.0"' in html and '<circle cx="100.0"' in html and '<circle cx="200.0"' in html
     assert re.findall(r'<td class="number soft">([^<]*)</td>', html) == ["0.100", ""]
+    assert "at chance" in html and "at chance" not in interval_table([("s", Interval(1, 1, 1), None)])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ letters are taken for others that look alike, lost, or doubled. Half of the enti
 says all.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -80,12 +81,9 @@ def name_records(part: str, noise: float, *, seed: int = 0, languages: tuple[str
         seed: Of entities, typefaces, ink and mistakes.
         languages: That names are drawn from.
     """
-    names = _entities(seed, languages)
-    first = sum(count for other, count in PARTS.items() if list(PARTS).index(other) < list(PARTS).index(part))
     ink, mistakes = (np.random.default_rng([seed, list(PARTS).index(part), what]) for what in range(2))
     samples, true = [], []
-    for entity in range(first, first + PARTS[part]):
-        known_by = names[entity]
+    for entity, known_by in entities(part, seed=seed, languages=languages).items():
         for record in range(1 if part == "distractors" else RECORDS):
             # The other name is that of every third record of every second entity.
             name = known_by[1] if entity % 2 and record % 3 == 2 else known_by[0]
@@ -94,6 +92,12 @@ def name_records(part: str, noise: float, *, seed: int = 0, languages: tuple[str
             samples.append(Sample(f"{entity}-{record}", picture, (Text(read),), f"entity {entity}"))
             true.append(name)
     return Part(Listed(samples, f"names:{part}"), tuple(true))
+
+
+def entities(part: str, *, seed: int, languages: tuple[str, ...] = LANGUAGES) -> dict[int, tuple[str, str]]:
+    """Return the two names of each entity of a part, by its number."""
+    first = sum(PARTS[other] for other in itertools.takewhile(lambda other: other != part, PARTS))
+    return dict(enumerate(_entities(seed, languages)[first : first + PARTS[part]], start=first))
 
 
 def misread(name: str, chance: float, rng: np.random.Generator) -> str:
@@ -117,9 +121,9 @@ def print_name(name: str, face: str, rng: np.random.Generator) -> UInt8[np.ndarr
     lines = "\n".join(name.split(" "))
     canvas = Image.new("L", (SIDE, SIDE), int(rng.integers(215, 256)))
     draw = ImageDraw.Draw(canvas)
-    while size > 6 and max(draw.multiline_textbbox((0, 0), lines, _font(face, size), spacing=1)[2:]) > SIDE - 4:
+    while size > 6 and max(draw.multiline_textbbox((0, 0), lines, typeface(face, size), spacing=1)[2:]) > SIDE - 4:
         size -= 1
-    draw.multiline_text((2, 2 + int(rng.integers(6))), lines, int(rng.integers(0, 60)), _font(face, size), spacing=1)
+    draw.multiline_text((2, 2 + int(rng.integers(6))), lines, int(rng.integers(0, 60)), typeface(face, size), spacing=1)
     turned = canvas.rotate(90) if rng.random() < 0.25 else canvas
     pixels = np.asarray(turned.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7))), np.float64)
     pixels = np.where(rng.random(pixels.shape) < 0.01, 60, pixels) + rng.normal(0, 6, pixels.shape)
@@ -174,6 +178,11 @@ def _plain(name: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
+def typeface(face: str, size: int) -> ImageFont.FreeTypeFont:
+    """Return one of `FACES` at a size in pixels.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
     folder = Path(require("matplotlib", "plot").get_data_path()) / "fonts" / "ttf"
     return ImageFont.truetype(str(folder / f"{face}.ttf"), size)

@@ -53,9 +53,14 @@ def curate(
         write_text(out / name, text)
     for one in summary.reasons:
         say(f"{one.count:>14,}  {one.reason}")
+    page = out / "report.html"
     say(
         f"{summary.kept:,} of {summary.pairs:,} pairs are kept, as {summary.samples:,} samples in {len(summary.shards):,} shards. "
-        f"Look at {out / 'report.html'}, then: diptych train {out / 'pairs'}"
+        + (
+            f"Look at {page}, then: diptych train {out / 'pairs'}"
+            if summary.kept
+            else f"{page} says why: change the step that drops them."
+        )
     )
     return summary
 

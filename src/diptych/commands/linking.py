@@ -2,22 +2,25 @@
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from diptych.commands.terminal import chosen, progress, say
 from diptych.data.ocr import read_line, read_text
 from diptych.data.sources import AbstractSource, Columns, open_source
 from diptych.files import atomic_file, write_text
 from diptych.models.dual import DualEncoder
+from diptych.models.pooling import check_weight
 from diptych.models.weights import load
 from diptych.use.gallery import Card, render
 from diptych.use.linkage import (
     Clustered,
     Linked,
     Records,
+    check_labelled,
     cluster_cards,
     cluster_records,
     embed_records,
@@ -25,14 +28,14 @@ from diptych.use.linkage import (
     link_records,
     read_missing_texts,
 )
-from diptych.use.page import page
+from diptych.use.page import facts, interval_table, page
 
 Ocr = Literal["page", "line", "off"]
 
 
 def link(
-    queries: Positional[str],
-    references: Positional[str],
+    queries: Annotated[Positional[str], arg(metavar="QUERIES")],
+    references: Annotated[Positional[str], arg(metavar="REFERENCES")],
     *,
     model: str = "auto",
     out: Path,
@@ -54,16 +57,19 @@ def link(
         references: Records to link them to.
         model: Anything `diptych.load` takes; `auto` is lite0-minilm where its packages are installed, else mini.
         out: A csv file: query, reference (empty where there is no link), score, and both texts.
-        threshold: Cosine above which the nearest record is a link; chosen when absent, or none where nothing says what is right.
+        threshold: Cosine above which the nearest record is a link; chosen when absent. Where nothing says what is right, all are linked then.
         image_weight: Share of the image in a record's vector, in [0, 1]; chosen when absent, or 0.5.
-        ocr: Where a source has no text at all, read it from the images (extra `ocr`): lines on a `page`, or crops of one `line`.
+        ocr: Where a source has no text at all, read it from the images (extra `ocr`): lines on a `page`, or crops of one `line`, which is
+            several times faster. Latin letters, Chinese and Japanese are known; Cyrillic, Arabic and Korean are not.
         columns: What the columns of both tables mean.
         html: Also write a page with the links that are least sure.
         seed: Of the halves and of the intervals.
         offline: Never touch the network.
     """
+    check_weight(image_weight)
+    sources = [_opened(spec, columns) for spec in (queries, references)]
     encoder = load(chosen(model), offline=offline)
-    (asking, asked), (answering, known) = (_records(encoder, spec, columns, ocr) for spec in (queries, references))
+    (asking, asked), (answering, known) = (_records(encoder, source, ocr) for source in sources)
     found = link_records(asked, known, threshold=threshold, image_weight=image_weight, seed=seed)
     kept = found.kept.tolist()
     _write(
@@ -76,20 +82,23 @@ def link(
             )
         ),
     )
-    used = "without a threshold" if found.threshold is None else f"above a cosine of {found.threshold:.3f}"
-    say(
-        f"{sum(kept):,} of {len(asked):,} records are linked, {used}, image weight {found.image_weight}; they are in {out}."
-    )
+    used = "" if found.threshold is None else f" above a cosine of {found.threshold:.3f}"
+    summary = f"{sum(kept):,} of {len(asked):,} records are linked{used}, image weight {found.image_weight}"
+    say(f"{summary}; they are in {out}.")
+    if found.threshold is None:
+        say(
+            "Every record is linked to its nearest, however far that is: set --threshold, or give both tables a column `group`."
+        )
     if found.scores is not None and found.judged is not None:
         _say_all(f"On {len(found.judged):,} queries that chose nothing:", vars(found.scores))
     if html is not None:
-        lead = "The links that are least sure: each record, then the nearest ones of the other list."
-        _write_page(html, "Links", lead, link_cards(found, asked, known, (asking, answering)))
+        lead = f"{summary}. Below are those that are least sure: a record, then the nearest ones of the other list with their cosine."
+        _write_page(html, "Links", lead, _judged(found), link_cards(found, asked, known, (asking, answering)))
     return found
 
 
 def cluster(
-    source: Positional[str],
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
     *,
     model: str = "auto",
     out: Path,
@@ -112,37 +121,72 @@ def cluster(
         out: A csv file: key, cluster, text.
         threshold: Cosine distance up to which records are joined; needed where nothing says what is right.
         image_weight: Share of the image in a record's vector, in [0, 1]; chosen when absent, or 0.5.
-        ocr: Where the source has no text at all, read it from the images (extra `ocr`): lines on a `page`, or crops of one `line`.
+        ocr: Where the source has no text at all, read it from the images (extra `ocr`): lines on a `page`, or crops of one `line`, which is
+            several times faster. Latin letters, Chinese and Japanese are known; Cyrillic, Arabic and Korean are not.
         columns: What the columns of the table mean.
         html: Also write a page with the largest clusters.
         seed: Of the halves.
         offline: Never touch the network.
     """
+    check_weight(image_weight)
+    opened = _opened(source, columns)
+    if threshold is None:
+        check_labelled(opened)
     encoder = load(chosen(model), offline=offline)
-    samples, records = _records(encoder, source, columns, ocr)
+    samples, records = _records(encoder, opened, ocr)
     found = cluster_records(records, threshold=threshold, image_weight=image_weight, seed=seed)
     _write(
         out, ("key", "cluster", "text"), zip(records.keys, map(str, found.cluster.tolist()), records.texts, strict=True)
     )
-    say(
+    summary = (
         f"{len(records):,} records are {found.cluster.max() + 1:,} clusters at a distance of {found.threshold:.3f}, image weight "
-        f"{found.image_weight}; they are in {out}."
+        f"{found.image_weight}"
     )
-    if found.metrics:
-        _say_all("On entities that chose nothing:", {name: f"{value:.3f}" for name, value in found.metrics.items()})
+    say(f"{summary}; they are in {out}.")
+    numbers = {name: f"{value:.3f}" for name, value in found.metrics.items()}
+    if numbers:
+        _say_all("On entities that chose nothing:", numbers)
     if html is not None:
-        lead = "The largest clusters: one record, then up to ten others with their cosine to it."
-        _write_page(html, "Clusters", lead, cluster_cards(found, records, samples))
+        lead = f"{summary}. Below are the largest: one record, then up to ten others with their cosine to it."
+        table = (
+            f'<p class="soft">{_HITS_OF_CLUSTERS}</p>'
+            + facts((name.replace("_", " "), value) for name, value in numbers.items())
+            if numbers
+            else ""
+        )
+        _write_page(html, "Clusters", lead, table, cluster_cards(found, records, samples))
     return found
 
 
-def _records(model: DualEncoder, spec: str, columns: Columns, ocr: Ocr) -> tuple[AbstractSource, Records]:
-    """Return the samples of a source, and what a model makes of them."""
+_HITS_OF_CLUSTERS = (
+    "HIT: all records of the cluster are one entity. The numbers are those of entities that chose nothing."
+)
+
+
+def _judged(found: Linked) -> str:
+    """Return what HIT means and how well queries were linked, as HTML; nothing where nobody knows."""
+    if found.scores is None or found.judged is None:
+        return ""
+    meaning = f"HIT: rightly linked, or rightly not. Measured on {len(found.judged):,} queries that chose nothing; those are shown."
+    return f'<p class="soft">{meaning}</p>{interval_table((name, value, None) for name, value in vars(found.scores).items())}'
+
+
+def _opened(spec: str, columns: Columns) -> AbstractSource:
     source = open_source(spec, columns=columns)
     for sentence in source.notes:
         say(sentence)
+    return source
+
+
+def _records(model: DualEncoder, source: AbstractSource, ocr: Ocr) -> tuple[AbstractSource, Records]:
+    """Return the samples of a source, and what a model makes of them."""
     source = _spoken(source, ocr)
-    return source, embed_records(model, source, progress=progress)
+    records = embed_records(model, source, progress=progress)
+    if len(records) < len(source):
+        say(
+            f"{len(source) - len(records):,} records of {source.name} have no text and no image that can be read: they are left out."
+        )
+    return source, records
 
 
 def _spoken(source: AbstractSource, ocr: Ocr) -> AbstractSource:
@@ -150,7 +194,10 @@ def _spoken(source: AbstractSource, ocr: Ocr) -> AbstractSource:
     if ocr == "off" or any(source.texts(row) for row in range(len(source))):
         return source
     say(f"{source.name} has no texts: reading them from {len(source):,} images.")
-    return read_missing_texts(source, read_text if ocr == "page" else read_line)
+    found = read_missing_texts(source, read_text if ocr == "page" else read_line, progress=progress)
+    if len(found.read) < len(source):
+        say(f"Nothing could be read in {len(source) - len(found.read):,} of them.")
+    return found
 
 
 def _say_all(lead: str, numbers: Mapping[str, object]) -> None:
@@ -166,6 +213,6 @@ def _write(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         writer.writerows(rows)
 
 
-def _write_page(path: Path, title: str, lead: str, cards: Sequence[Card]) -> None:
-    write_text(path, page(title, f'<h1>{title}</h1><p class="lead">{lead}</p>{render(cards)}'))
+def _write_page(path: Path, title: str, lead: str, table: str, cards: Sequence[Card]) -> None:
+    write_text(path, page(title, f'<h1>{title}</h1><p class="lead">{escape(lead)}</p>{table}<p></p>{render(cards)}'))
     say(f"The pictures are in {path}.")

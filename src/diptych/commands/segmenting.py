@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import count as counting
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from diptych.data.sources import AbstractSource, Columns, Listed, open_source
 from diptych.errors import DataError
 from diptych.evaluation.segmentation import BACKGROUND, Said, Segmentation, Vocabulary, measure_said, segment_source
 from diptych.files import atomic_folder, write_text
-from diptych.methods.trident import Adapter, Config, choose_tokens
+from diptych.methods.trident import Adapter, Config, Labeller
 from diptych.models.dense_features import load_self_supervised
 from diptych.models.sam import load_sam
 from diptych.models.weights import load
@@ -63,57 +64,94 @@ def segment(
         say(note)
     vocabulary = Vocabulary(shown_classes(source) if labels is None else _words(labels), _words(background))
     model = chosen(model)
-    encoder = load(model, offline=offline)
-    say(f"Mixed are the {choose_tokens(encoder, settings)} of the image tower.")
     labeller = Adapter(
         settings,
         vocabulary,
         features=None if features is None else load_self_supervised(features),
         segmenter=None if segmenter is None else load_sam(segmenter),
-    ).fit(encoder)
-    skipped, confusions, pictures = list[str](), list[np.ndarray | None](), list[Segmented]()
-    with ExitStack() as stack:
-        advance = stack.enter_context(progress("segmenting", len(source)))
-        writer = None if out is None else stack.enter_context(_writing(out, vocabulary.classes))
-        for said in segment_source(labeller, source, vocabulary.classes, skip=skipped.append):
-            print(f"{said.sample.key}  {_shares(said.labels, vocabulary.classes)}")
-            confusions.append(said.confusion)
-            picture = _segmented(said, vocabulary.classes)
-            if writer is not None:
-                writer(picture)
-            if len(pictures) < count:
-                pictures.append(reduced(picture))
-            advance(1)
-        for note in skipped:
-            say(f"  {note}")
-        if not confusions:
-            raise DataError(f"No picture of {source.name} could be read. {' '.join(skipped[:1])}")
-    measured = measure_said(confusions, vocabulary.classes, seed=seed)
+    ).fit(load(model, offline=offline))
+    say(f"Mixed are the {labeller.tokens} of the image tower.")
+    found = _segment(labeller, source, vocabulary.classes, out=out, count=count)
+    measured = measure_said(found.confusions, vocabulary.classes, seed=seed)
     if measured is not None:
         for name, value in measured.headline().items():
             say(f"  {name:18} {value}")
     if out is not None:
         say(f"Masks, pictures and classes.csv are in {out}.")
     if html is not None:
-        page = render_segments(
-            pictures,
-            vocabulary.classes,
-            title=f"Segments: {source.name}",
-            lead=f"{len(confusions):,} pictures, each pixel of which {model} gave one of {len(vocabulary.classes)} classes; "
-            f"{len(pictures)} are shown. No mask was learnt from.",
-            measured=measured,
-            settings=[
-                ("model", model),
-                ("words for background", ", ".join(vocabulary.background) or "none"),
-                ("features", "the model's own tokens" if features is None else str(features)),
-                ("segmenter", "like colours" if segmenter is None else str(segmenter)),
-                *((name, str(value)) for name, value in vars(settings).items()),
-            ],
-            notes=skipped,
-        )
-        write_text(html, page)
+        rows = [
+            ("model", model),
+            ("words for background", ", ".join(vocabulary.background) or "none"),
+            ("features", "the model's own tokens" if features is None else str(features)),
+            ("segmenter", "like colours" if segmenter is None else str(segmenter)),
+            *((name, str(value)) for name, value in vars(settings).items()),
+        ]
+        write_text(html, _page(found, measured, vocabulary.classes, source.name, model, rows))
         say(f"The pictures are in {html}.")
     return measured
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found in the pictures of a source.
+
+    Attributes:
+        confusions: Of each picture; None where it has no mask.
+        pictures: The first of them, small, to be shown.
+        skipped: Why others were left out.
+    """
+
+    confusions: list[np.ndarray | None]
+    pictures: list[Segmented]
+    skipped: list[str]
+
+
+def _segment(
+    labeller: Labeller, source: AbstractSource, classes: Sequence[str], *, out: Path | None, count: int
+) -> _Found:
+    """Segment all pictures, say of each what it shows, and write masks and overlays if a folder is given.
+
+    Raises:
+        DataError: If no picture could be read; no folder is left then.
+    """
+    found = _Found([], [], [])
+    with ExitStack() as stack:
+        advance = stack.enter_context(progress("segmenting", len(source)))
+        write = None if out is None else stack.enter_context(_writing(out, classes))
+        for said in segment_source(labeller, source, classes, skip=found.skipped.append):
+            print(f"{said.sample.key}  {_shares(said.labels, classes)}")
+            found.confusions.append(said.confusion)
+            picture = _segmented(said, classes)
+            if write is not None:
+                write(picture)
+            if len(found.pictures) < count:
+                found.pictures.append(reduced(picture))
+            advance(1)
+        for note in found.skipped:
+            say(f"  {note}")
+        if not found.confusions:
+            raise DataError(f"No picture of {source.name} could be read. {' '.join(found.skipped[:1])}")
+    return found
+
+
+def _page(
+    found: _Found,
+    measured: Segmentation | None,
+    classes: Sequence[str],
+    source: str,
+    model: str,
+    settings: Sequence[tuple[str, str]],
+) -> str:
+    return render_segments(
+        found.pictures,
+        classes,
+        title=f"Segments: {source}",
+        lead=f"{len(found.confusions):,} pictures, each pixel of which {model} gave one of {len(classes)} classes; {len(found.pictures)} are shown. "
+        "No mask was learnt from.",
+        measured=measured,
+        settings=settings,
+        notes=found.skipped,
+    )
 
 
 def _open(images: str, columns: Columns) -> AbstractSource:

@@ -127,7 +127,8 @@ def threshold_for_size(matches: Iterable[Matches], counts: Int64[np.ndarray, " e
     least, most = (expected_size(matches, counts, threshold) for threshold in (low, high))
     if not least <= size <= most:
         raise ConfigError(
-            f"Thresholds keep between {least:,.1f} texts (threshold 1) and {most:,.0f} (all that have an entry), not {size:,}."
+            f"Thresholds keep between {least:,.1f} texts (threshold 1) and {most:,.0f} (all that have an entry), not {size:,}. Choose a size between "
+            "them, or a list with other entries."
         )
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if expected_size(matches, counts, middle) < size else (low, middle)
@@ -240,6 +241,7 @@ def rows_and_ids(matches: Matches) -> tuple[Int64[np.ndarray, " texts_plus_1"], 
 def _total(counts: Int64[np.ndarray, " entries"]) -> int:
     if not counts.sum():
         raise DataError(
-            "No text has an entry of the word list, so there is no tail. Look at the list's language and case."
+            f"No text has an entry of the word list, which holds {len(counts):,}, so there is no tail whose share could be taken. Compare texts and "
+            "list: language, upper and lower case (match.fold_case), and whether earlier steps left any text. match.words names another list."
         )
     return int(counts.sum())

@@ -25,6 +25,9 @@ from diptych.verbs import AbstractCurator, AbstractSurveyor
 
 UNMATCHED, NO_LIST, BALANCED = "no entry", "no word list for its language", "entries over the threshold"
 
+TAIL_SHARE = 0.06
+"""What the paper of MetaCLIP keeps when a pool grows."""
+
 _MATCHES = pa.list_(pa.int32())
 _BATCH = 1 << 16  # texts that one process matches at once
 
@@ -55,12 +58,12 @@ class MatchConfig:
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    """How many captions an entry keeps. One of threshold, tail share and size is given; the others are None.
+    """How many captions an entry keeps: by a threshold, by the tail's share, or by size; 6 % of all matches are the tail's where none is given.
 
     Attributes:
         on: Whether frequent entries lose captions.
         threshold: Captions that each entry keeps in expectation.
-        tail_share: Share of all matches that belong to entries below the threshold, which follows.
+        tail_share: Share of all matches that belong to entries below the threshold, which follows; 0.06 where neither of the others is given.
         size: Pairs kept in expectation; the threshold follows, from some fifty readings of all matches. For one language.
         online: Drop nothing; write the column `chance` only, for draws that are repeated in every epoch.
         seed: Of the draws.
@@ -68,15 +71,15 @@ class BalanceConfig:
 
     on: bool = True
     threshold: float | None = None
-    tail_share: float | None = 0.06
+    tail_share: float | None = None
     size: float | None = None
     online: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.threshold, self.tail_share, self.size).count(None) != 2:
+        if (self.threshold, self.tail_share, self.size).count(None) < 2:
             raise ConfigError(
-                "Give one of threshold, tail_share and size, and None for the others; balance has "
+                "Give one of threshold, tail_share and size, and leave out the others; balance has "
                 f"{self.threshold}, {self.tail_share} and {self.size}."
             )
 
@@ -222,8 +225,8 @@ class Balance(AbstractSurveyor):
             return {self.anchor: threshold_for_size(matches, totals[self.anchor], self.config.size)}
         threshold = self.config.threshold
         if threshold is None:
-            assert self.config.tail_share is not None
-            share, several = self.config.tail_share, len(totals) > 1
+            share = TAIL_SHARE if self.config.tail_share is None else self.config.tail_share
+            several = len(totals) > 1
             return {
                 code: 1.0 if several and not own.any() else float(threshold_for_share(own, share))
                 for code, own in totals.items()

@@ -64,6 +64,10 @@ class TextColumn:
             raise ConfigError(
                 f"Weights are for roles; a text column drawn by {self.by} takes none. Set weights to None."
             )
+        if self.weights is not None and (len(self.weights) != len(self.roles) or min(self.weights, default=0) <= 0):
+            raise ConfigError(
+                f"A text column takes one weight above 0 for each of its roles, {', '.join(self.roles)}; the weights are {self.weights}."
+            )
 
     def draw(self, sample: Sample, rng: np.random.Generator) -> str:
         """Return one text.

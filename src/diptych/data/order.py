@@ -17,6 +17,11 @@ class Ordered(AbstractSame):
     """Another source, whose epochs follow an order of their own; their rows may repeat."""
 
     def __init__(self, source: AbstractSource, order: Order, notes: tuple[str, ...] = ()) -> None:
+        if source.chances is not None:
+            raise DataError(
+                f"{source.name} draws the samples of an epoch by chance, which an order would not follow. Order the source without its chances, and "
+                "leave data.per_group at 1 for this one."
+            )
         super().__init__(source)
         self.order, self.notes = order, (*source.notes, *notes)
 

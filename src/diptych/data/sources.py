@@ -141,13 +141,25 @@ def _of_length(order: Order, count: int, rng: np.random.Generator) -> Int64[np.n
 
 
 class Joined(AbstractSource):
-    """Several sources one after another; keys are unique as long as each source's name is."""
+    """Several sources one after another. Keys and groups begin with the name of their source, so that equal ones of two sources stay apart."""
 
     def __init__(self, sources: Sequence[AbstractSource]) -> None:
+        """Join sources; one that is there twice is the same samples twice.
+
+        Raises:
+            DataError: If a source has an order of its own.
+        """
+        for source in sources:
+            if source.order is not None:
+                raise DataError(
+                    f"The epochs of {source.name} follow an order of their own, which no joined source could keep. Join the sources first and order "
+                    "what comes of it, as in per_group(Joined([first, second]), 2)."
+                )
         self.sources = list(sources)
         self.name = "+".join(source.name for source in sources)
         self.notes = tuple(note for source in sources for note in source.notes)
         self._ends = list(itertools.accumulate(map(len, sources)))
+        self._names = _told_apart(self.sources)
         if any(source.chances is not None for source in sources):
             of_each = (np.ones(len(source)) if source.chances is None else source.chances for source in sources)
             self.chances = np.concatenate(list(of_each))
@@ -156,22 +168,33 @@ class Joined(AbstractSource):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        source, own = self._find(index)
-        return _prefixed(source[own], source.name)
+        place, own = self._find(index)
+        return _prefixed(self.sources[place][own], self._names[place])
 
     def without_image(self, index: int) -> Sample:
         """Return one sample without its image."""
-        source, own = self._find(index)
-        return _prefixed(source.without_image(own), source.name)
+        place, own = self._find(index)
+        return _prefixed(self.sources[place].without_image(own), self._names[place])
 
     def texts(self, index: int) -> tuple[Text, ...]:
         """Return the texts of one sample."""
-        source, own = self._find(index)
-        return source.texts(own)
+        place, own = self._find(index)
+        return self.sources[place].texts(own)
 
-    def _find(self, index: int) -> tuple[AbstractSource, int]:
+    def _find(self, index: int) -> tuple[int, int]:
+        """Return which source a sample is in, and where."""
         place = bisect.bisect_right(self._ends, index)
-        return self.sources[place], index - (self._ends[place - 1] if place else 0)
+        return place, index - (self._ends[place - 1] if place else 0)
+
+
+def _told_apart(sources: Sequence[AbstractSource]) -> list[str]:
+    """Return the names of sources; where different ones have the same name, all but the first get a number."""
+    names: list[str] = []
+    for place, source in enumerate(sources):
+        before = [other for other in dict.fromkeys(sources[:place]) if other.name == source.name]
+        rank = before.index(source) if source in before else len(before)
+        names.append(f"{source.name} ({rank + 1})" if rank else source.name)
+    return names
 
 
 class AbstractSame(AbstractSource):
@@ -211,8 +234,12 @@ class WithChances(AbstractSame):
             chances: How likely each sample is to be in an epoch, in [0, 1].
 
         Raises:
-            DataError: If there are not as many as samples, or one is out of range.
+            DataError: If there are not as many as samples, one is out of range, or the source has an order of its own.
         """
+        if source.order is not None:
+            raise DataError(
+                f"The epochs of {source.name} follow an order of their own, which leaves nothing to chance. Give chances to the source without it."
+            )
         if len(chances) != len(source) or not ((chances >= 0) & (chances <= 1)).all():
             raise DataError(
                 f"{source.name} has {len(source):,} samples, so it needs as many chances between 0 and 1; {len(chances):,} came"
@@ -342,7 +369,9 @@ def open_source(spec: str | Path, *, columns: Columns | None = None, split: str 
         if paths:
             return _from_files(paths, pattern, columns, rows)
     if "+" in text:
-        return Joined([open_source(one, columns=columns, split=split) for one in text.split("+")])
+        names = text.split("+")
+        opened = {one: open_source(one, columns=columns, split=split) for one in names}
+        return Joined([opened[one] for one in names])
     if text.startswith("hf:"):
         return from_datasets(_load_dataset(text.removeprefix("hf:"), split), columns=columns, name=text)
     if "/" in text or Path(text).suffix:

@@ -68,7 +68,8 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 }
 """Groups of words that can stand for each other in a caption, lower case, separated by spaces, by language."""
 
-_CORE = re.compile(r"\w(?:\S*\w)?")
+WORD = re.compile(r"\w(?:\S*\w)?")
+"""A word: what white space separates, without the punctuation around it."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,19 @@ def change_text(text: str, change: TextChange, rng: np.random.Generator, *, lang
     return text if words == before else " ".join(words)
 
 
+def stop_words(language: str, advice: str = "Name one of those.") -> frozenset[str]:
+    """Return the stop words of a language (ISO 639-1).
+
+    Raises:
+        ConfigError: If there are none; ends with the advice.
+    """
+    if language not in STOP_WORDS:
+        raise ConfigError(
+            f"There are no stop words for the language {language!r}, only for {', '.join(STOP_WORDS)}. {advice}"
+        )
+    return STOP_WORDS[language]
+
+
 def _replaced(
     words: list[str], synonyms: Mapping[str, Sequence[str]], edits: int, rng: np.random.Generator
 ) -> list[str]:
@@ -151,7 +165,7 @@ def _replaced(
     for place in rng.permutation(places)[:edits].tolist():
         choices = synonyms[_core(words[place])]
         new = choices[int(rng.integers(len(choices)))]
-        found = _CORE.search(words[place])
+        found = WORD.search(words[place])
         assert found is not None
         new = new.capitalize() if found[0][0].isupper() else new
         changed[place] = words[place].replace(found[0], new, 1)
@@ -172,19 +186,14 @@ def _unless_empty(words: list[str], before: list[str]) -> list[str]:
 
 def _core(word: str) -> str:
     """Return a word in lower case without the punctuation around it; empty if there is nothing else."""
-    found = _CORE.search(word)
+    found = WORD.search(word)
     return found[0].lower() if found else ""
 
 
 def _stop_words(change: TextChange, language: str) -> frozenset[str]:
     if change.stop_words is not None:
         return frozenset(change.stop_words)
-    if language not in STOP_WORDS:
-        raise ConfigError(
-            f"There are no stop words for the language {language!r}, only for {', '.join(STOP_WORDS)}. Give your own in "
-            "change.stop_words, or set change.stop_word_rate to 0."
-        )
-    return STOP_WORDS[language]
+    return stop_words(language, "Give your own in change.stop_words, or set change.stop_word_rate to 0.")
 
 
 def _synonyms(change: TextChange, language: str) -> Mapping[str, Sequence[str]]:

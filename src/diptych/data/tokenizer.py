@@ -84,6 +84,12 @@ class Tokenizer:
         room = self.policy.length - len(begin) - len(end)
         return [begin + encoding.ids[:room] + end for encoding in self._encode(texts)]
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return which characters of the cleaned text each id of `sequences` stands for: first, and behind the last; (0, 0) for special tokens."""
+        begin, end = ([] if token is None else [(0, 0)] for token in (self.policy.begin, self.policy.end))
+        spans: list[tuple[int, int]] = self._encode([text])[0].offsets
+        return begin + spans[: self.policy.length - len(begin) - len(end)] + end
+
     def pad(self, sequences: Sequence[Sequence[int]], keys: torch.Tensor) -> Tokens:
         """Return what `sequences` and `keys` gave as one record."""
         longest = self.policy.length if self.policy.pad_to == "length" else max(map(len, sequences))

@@ -1,24 +1,27 @@
-"""How often a change of the images turns right answers into wrong ones, beside random noise of the same size.
+"""How often a change of images or captions turns right answers into wrong ones, beside a random change of the same size.
 
 Attack success rate counts what was right on clean images only: |right before and wrong after| / |right before|. A model that never was right
 cannot be attacked, and one that was right by luck loses that luck to any noise; hence clean scores and random noise always stand beside it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
+from torch import Tensor
 
 from diptych.data.sources import AbstractSource
+from diptych.data.words import Span, UniversalWord, random_word
 from diptych.errors import EvaluationError
 from diptych.evaluation.run import Evaluation, evaluate_model, measure_retrieval, measure_zeroshot
 from diptych.evaluation.stats import bootstrap, paired_difference
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import Change, ProgressBar, embed_source_images
+from diptych.models.embedding import Change, ProgressBar, embed_source_images, embed_texts
 from diptych.models.perturbation import AbstractPerturbation, sign_noise
 from diptych.models.precision import Precision
+from diptych.models.words import attacked_places, reworded
 from diptych.types import Interval
 
 LEAST_CLEAN = 0.6
@@ -39,15 +42,37 @@ class Hits:
 
 
 @dataclass(frozen=True)
-class AttackReport:
-    """One model on one source: clean, under random noise, and under the perturbation.
+class Rewording:
+    """Captions under attack: a word in place of the one that matters most.
 
     Attributes:
-        clean: Scores on the images as they are.
-        noise: Under `sign_noise` of the same eps.
-        attacked: Under the perturbation.
-        eps: Bound of both, in levels of 255.
-        seed: Of the bootstrap and of the noise.
+        captions: As they are.
+        places: Where the word goes, None where a caption has stop words only.
+        word: The attack.
+        by_chance: What stands in the same places for comparison.
+    """
+
+    captions: tuple[str, ...]
+    places: tuple[Span | None, ...]
+    word: UniversalWord
+    by_chance: UniversalWord
+
+    def texts(self, word: UniversalWord) -> list[str]:
+        """Return the captions with a word in those places."""
+        return reworded(self.captions, self.places, word)
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """One model on one source: clean, under a random change, and under the attack.
+
+    Attributes:
+        clean: Scores on images and captions as they are.
+        noise: Under the random change: `sign_noise` of the same eps, a random word in the same places, or both.
+        attacked: Under the attack.
+        eps: Bound of both noises, in levels of 255; 0 where only captions are changed.
+        seed: Of the bootstrap and of the random change.
+        by_chance: What the random change is.
     """
 
     clean: Evaluation
@@ -55,6 +80,7 @@ class AttackReport:
     attacked: Evaluation
     eps: float
     seed: int
+    by_chance: str = "random noise"
 
     def names(self) -> list[str]:
         """Return the names of the numbers in which something was right before."""
@@ -65,11 +91,11 @@ class AttackReport:
         return self._successes(self.attacked)
 
     def noise_success(self) -> dict[str, Interval]:
-        """Return the success rate of random noise for each of `names`."""
+        """Return the success rate of the random change for each of `names`."""
         return self._successes(self.noise)
 
     def beyond_noise(self) -> dict[str, Interval]:
-        """Return success rate minus that of random noise, paired over the answers that were right before."""
+        """Return success rate minus that of the random change, paired over the answers that were right before."""
         before, noise, after = (hits_of(part) for part in (self.clean, self.noise, self.attacked))
         found = {}
         for name in self.names():
@@ -83,8 +109,8 @@ class AttackReport:
         clean, noise, attacked = (part.headline() for part in (self.clean, self.noise, self.attacked))
         success, by_noise = self.success(), self.noise_success()
         lines = [
-            f"{name:24} clean {clean[name].value:.3f}, noise {noise[name].value:.3f}, attacked {attacked[name].value:.3f}"
-            + (f"; lost to noise {by_noise[name]}, to the attack {success[name]}" if name in success else "")
+            f"{name:24} clean {clean[name].value:.3f}, {self.by_chance} {noise[name].value:.3f}, attacked {attacked[name].value:.3f}"
+            + (f"; lost to {self.by_chance} {by_noise[name]}, to the attack {success[name]}" if name in success else "")
             for name in clean
         ]
         return [*lines, *self.notes()]
@@ -224,6 +250,62 @@ def evaluate_changed(
     )
     retrieval = clean.retrieval and measure_retrieval(embedded, seed=seed)
     return replace(clean, retrieval=retrieval, zeroshot=zeroshot, embedded=embedded)
+
+
+def reword(judge: DualEncoder, captions: Sequence[str], word: UniversalWord, *, seed: int = 0) -> Rewording:
+    """Return captions under attack. They are the same for every victim.
+
+    Args:
+        judge: Says which word of a caption matters most, and lends the random word from its vocabulary: the model that was attacked.
+        captions: Of `Evaluation.embedded`, for `measure_words`.
+        word: The attack.
+        seed: Of the random word.
+    """
+    places = tuple(attacked_places(judge, captions, word.language))
+    return Rewording(tuple(captions), places, word, random_word(judge.tokenizer, word, seed=seed))
+
+
+def measure_words(model: DualEncoder, report: AttackReport, rewording: Rewording) -> dict[str, AttackReport]:
+    """Return what a word in the captions takes from retrieval: alone, and with the noise of a report.
+
+    Captions that have become equal are still no right answers for each other, and the report's notes say how much a caption changed.
+
+    Args:
+        model: The victim.
+        report: Of `measure_attack`, for this model.
+        rewording: Of its captions.
+
+    Raises:
+        EvaluationError: If the captions are others, or there are none.
+    """
+    embedded, precision = report.clean.embedded, report.clean.settings["precision"]
+    if report.clean.retrieval is None or rewording.captions != embedded.captions:
+        raise EvaluationError(
+            "A word is measured in captions, the same as in the report. Take samples with captions, and `reword(judge, "
+            "report.clean.embedded.captions, word)`."
+        )
+    words = rewording.by_chance, rewording.word
+    by_chance, attacked = (embed_texts(model, rewording.texts(word), precision=precision) for word in words)
+
+    def with_texts(evaluation: Evaluation, texts: Float[Tensor, "m d"]) -> Evaluation:
+        changed = replace(evaluation.embedded, texts=texts)
+        found = measure_retrieval(changed, seed=report.seed)
+        return replace(evaluation, retrieval=found, zeroshot=None, embedded=changed)
+
+    cosines = [(embedded.texts * texts).sum(1).mean().item() for texts in (attacked, by_chance)]
+    note = (
+        f"Captions keep a mean cosine of {cosines[0]:.2f} to what they were with {rewording.word.word!r} in them, of {cosines[1]:.2f} with the "
+        f"random word {rewording.by_chance.word!r}; {rewording.places.count(None)} of {len(rewording.places)} have no word to replace."
+    )
+    clean = replace(report.clean, zeroshot=None, notes=(*report.clean.notes, note))
+
+    def told(by: Evaluation, of: Evaluation, eps: float, name: str) -> AttackReport:
+        return AttackReport(clean, with_texts(by, by_chance), with_texts(of, attacked), eps, report.seed, name)
+
+    return {
+        "word": told(clean, clean, 0, "random word"),
+        "noise and word": told(report.noise, report.attacked, report.eps, "random noise and word"),
+    }
 
 
 def hits_of(evaluation: Evaluation) -> dict[str, Hits]:

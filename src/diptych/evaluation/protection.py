@@ -12,13 +12,16 @@ model is not confirmed: `relative` of `protection` is the other reading.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
+from diptych.data.parts import by_domain, one_domain
+from diptych.data.sources import AbstractSource
 from diptych.errors import EvaluationError
 from diptych.evaluation.stats import bootstrap_means
+from diptych.models.seen import Labelled
 from diptych.types import Interval, Report
 
 
@@ -126,6 +129,41 @@ def measure_protection(authorised: Correct, unauthorised: Mapping[str, Correct],
         metrics |= {f"D_u/{name}": interval(1, other), f"W_ua/{name}": interval(2, other)}
     metrics |= {"D_u": interval(1, *others), "W_ua": interval(2, *others)}
     return Report("Protection of one domain against others", metrics, {"seed": seed})
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """A classifier of images that a frozen tower has seen."""
+
+    def exam(self, source: AbstractSource) -> Labelled:
+        """Return what the tower says of labelled samples."""
+        ...
+
+    def correct(self, data: Labelled) -> Float[np.ndarray, " n"]:
+        """Return 1.0 for every image whose class is found, else 0.0."""
+        ...
+
+
+def measure_domains(plain: Judge, protected: Judge, data: AbstractSource, authorised: str, *, seed: int = 0) -> Report:
+    """Return what `measure_protection` does, of two classifiers on the domains of labelled samples.
+
+    Args:
+        plain: Without protection, and else learnt alike, on the same frozen tower.
+        protected: Learnt with an authorised domain.
+        data: Samples that neither was learnt on, of the authorised domain and at least one other.
+        authorised: Name of that domain.
+        seed: Of the bootstrap.
+
+    Raises:
+        ConfigError: If the authorised domain is not among the data's.
+        EvaluationError: If there is no other.
+    """
+    one_domain(data, authorised)
+    found: dict[str, Correct] = {}
+    for name, source in by_domain(data).items():
+        exam = protected.exam(source)
+        found[name] = Correct(plain.correct(exam), protected.correct(exam))
+    return measure_protection(found.pop(authorised), found, seed=seed)
 
 
 def measure_ownership(authorised: Correct, unauthorised: Correct, *, seed: int = 0) -> Interval:

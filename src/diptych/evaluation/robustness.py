@@ -127,6 +127,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Which answers were right, by the name of the metric; the rest as in `Row`."""
+
+    family: Family
+    name: str
+    hits: Mapping[str, Hits]
+    severity: int | None = None
+
+
+@dataclass(frozen=True)
 class Picture:
     """One image under every change.
 
@@ -149,6 +159,7 @@ class Audit:
         settings: Model, source, counts, everything needed to repeat it.
         notes: What the reader must know, in sentences.
         pictures: A few images with all their changes.
+        answers: Row by row, what the scores were made of, to compare it with another audit.
     """
 
     rows: tuple[Row, ...]
@@ -156,6 +167,7 @@ class Audit:
     settings: Mapping[str, Any]
     notes: tuple[str, ...]
     pictures: tuple[Picture, ...] = field(repr=False)
+    answers: tuple[Answers, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -203,16 +215,6 @@ class Audit:
         rows = [asdict(row) for row in self.rows]
         record = {"chance": self.chance, "settings": self.settings, "notes": self.notes}
         return {"rows": rows, "corruption_error": errors, **to_json(record)}
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Which answers were right, by the name of the metric; the rest as in `Row`."""
-
-    family: Family
-    name: str
-    hits: Mapping[str, Hits]
-    severity: int | None = None
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,39 @@ def audit(
         {**clean.settings, "robustness": to_json(config)},
         (*clean.notes, *_notes(questions, config)),
         tuple(Picture(key, pictures) for key, pictures in zip(embedded.keys, shown, strict=False)),
+        tuple(found),
     )
+
+
+def compare_audits(first: Audit, second: Audit) -> dict[str, dict[str, Interval]]:
+    """Return second minus first, paired over the same items: for every metric, every row of `Audit.summary` by its name.
+
+    Each model is shown its own changes: PGD climbs the gradients of the model that is audited, and images have its size. Where clean scores
+    differ, so do those on changed images; look at both.
+
+    Raises:
+        EvaluationError: If samples, prompts or what was done to the images differ.
+    """
+    settings = (first.settings.keys() | second.settings.keys()) - {"model", "image_policy"}
+    different = sorted(name for name in settings if first.settings.get(name) != second.settings.get(name))
+    if [answers.name for answers in first.answers] != [answers.name for answers in second.answers]:
+        different.append("changes of the images")
+    if different:
+        raise EvaluationError(
+            f"Two audits can be compared on equal samples that were changed in equal ways; these differ in {', '.join(different)}. Audit both "
+            "models with the same settings."
+        )
+    seed, pairs = int(first.settings["seed"]), list(zip(first.answers, second.answers, strict=True))
+    return {
+        metric: {
+            one.name: paired_difference(
+                one.hits[metric].right, two.hits[metric].right, cluster=one.hits[metric].cluster, seed=seed
+            )
+            for one, two in pairs
+            if one.severity is None
+        }
+        for metric in first.metrics
+    }
 
 
 def draw(source: AbstractSource, config: RobustnessConfig) -> AbstractSource:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -136,22 +137,11 @@ def evaluate_model(
     """
     began = time.perf_counter()
     precision, _ = choose_precision(precision, model.device)
-    embedded = embed_source(
-        model,
-        source,
-        language=language,
-        batch_size=batch_size,
-        progress=progress,
-        memory=memory,
-        precision=precision,
+    embed = partial(
+        embed_source, model, language=language, batch_size=batch_size, progress=progress, precision=precision
     )
-    possible: dict[Task, bool] = {"retrieval": bool(embedded.captions), "zeroshot": _classifiable(embedded)}
-    wanted = tasks or tuple(task for task, allowed in possible.items() if allowed)
-    if not wanted:
-        raise EvaluationError(
-            f"{source.name} has neither captions nor labels of two classes on every image, so there is nothing to measure. "
-            "Name the columns that hold them with columns.texts or columns.label."
-        )
+    embedded = embed(source, memory=memory)
+    wanted = tasks or _possible(embedded, source)
     settings: dict[str, Any] = {
         "model": name,
         "source": source.name,
@@ -164,42 +154,24 @@ def evaluate_model(
         "precision": precision,
         "image_policy": to_json(model.image_policy),
     }
-    found_retrieval = found_zeroshot = found_linear = found_neighbours = None
+    found, zeroshot, linear, neighbours = None, None, None, None
     if "retrieval" in wanted:
-        found_retrieval = measure_retrieval(embedded, seed=seed)
+        found = measure_retrieval(embedded, seed=seed)
     if "zeroshot" in wanted:
-        found_zeroshot = measure_zeroshot(
-            model, embedded, prompts=prompts, seed=seed, memory=memory, precision=precision
-        )
-        settings |= {
-            "classes": len(found_zeroshot.classes),
-            "prompts": prompts,
-            "prompts_hash": found_zeroshot.prompts.digest,
-        }
+        zeroshot = measure_zeroshot(model, embedded, prompts=prompts, seed=seed, memory=memory, precision=precision)
+        digest = zeroshot.prompts.digest
+        settings |= {"classes": len(zeroshot.classes), "prompts": prompts, "prompts_hash": digest}
     if probe_source is not None:
-        train = embed_source(
-            model, probe_source, language=language, batch_size=batch_size, progress=progress, precision=precision
-        )
-        classes = sorted({label for label in train.labels if label is not None})
-        features = (train.images, _indices(train, classes), embedded.images, _indices(embedded, classes))
-        found_linear = linear_probe(*features, seed=seed)
-        found_neighbours = nearest_neighbours(*features, seed=seed)
+        train = embed(probe_source)
+        linear, neighbours = _probes(train, embedded, seed)
         settings |= {
             "probe_source": probe_source.name,
             "probe_images": len(train.keys),
             "probe_fingerprint": probe_source.fingerprint,
         }
-    seconds = time.perf_counter() - began
-    return Evaluation(
-        found_retrieval,
-        found_zeroshot,
-        found_linear,
-        found_neighbours,
-        settings,
-        {"data": 0.0, "train": 0.0, "evaluate": seconds, "total": seconds},
-        embedded,
-        _notes(embedded, found_retrieval),
-    )
+    taken = time.perf_counter() - began
+    seconds = {"data": 0.0, "train": 0.0, "evaluate": taken, "total": taken}
+    return Evaluation(found, zeroshot, linear, neighbours, settings, seconds, embedded, _notes(embedded, found))
 
 
 def measure_retrieval(embedded: Embedded, *, seed: int = 0) -> Retrieval:
@@ -273,8 +245,27 @@ def measure_zeroshot(
     return zero_shot(embedded.images, vectors, labels, classes, templates, domains=embedded.domains, seed=seed)
 
 
-def _classifiable(embedded: Embedded) -> bool:
-    return None not in embedded.labels and len(set(embedded.labels)) > 1
+def _possible(embedded: Embedded, source: AbstractSource) -> tuple[Task, ...]:
+    """Return the tasks that the samples allow.
+
+    Raises:
+        EvaluationError: If they allow none.
+    """
+    classifiable = None not in embedded.labels and len(set(embedded.labels)) > 1
+    allowed: dict[Task, bool] = {"retrieval": bool(embedded.captions), "zeroshot": classifiable}
+    if not any(allowed.values()):
+        raise EvaluationError(
+            f"{source.name} has neither captions nor labels of two classes on every image, so there is nothing to measure. "
+            "Name the columns that hold them with columns.texts or columns.label."
+        )
+    return tuple(task for task, possible in allowed.items() if possible)
+
+
+def _probes(train: Embedded, test: Embedded, seed: int) -> tuple[Probe, Probe]:
+    """Return the linear probe and the neighbours, over the classes of the training samples."""
+    classes = sorted({label for label in train.labels if label is not None})
+    features = (train.images, _indices(train, classes), test.images, _indices(test, classes))
+    return linear_probe(*features, seed=seed), nearest_neighbours(*features, seed=seed)
 
 
 def _check_same(first: Evaluation, second: Evaluation) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from diptych.data.class_masks import UNKNOWN, class_map
@@ -67,6 +67,41 @@ class Labelled:
 
     labels: Int64[Tensor, "h w"]
     probabilities: Float[Tensor, "k h w"]
+
+
+def probabilities_of(
+    logits: Float[Tensor, "q h w"], words_of_background: int, *, scale: float = 40.0
+) -> Float[Tensor, "k h w"]:
+    """Return softmax over words, of those for background (the first) the largest; sums to less than 1 where there are several.
+
+    Args:
+        logits: Of each word of a `Vocabulary`, in its order.
+        words_of_background: How many of them mean background.
+        scale: Of the logits.
+    """
+    probability = (scale * logits).softmax(0)
+    if words_of_background < 2:
+        return probability
+    background, rest = probability.split([words_of_background, len(probability) - words_of_background])
+    return torch.cat([background.amax(0, keepdim=True), rest])
+
+
+def labels_of(probabilities: Float[Tensor, "k h w"], *, background: bool, least: float) -> Int64[Tensor, "h w"]:
+    """Return the most probable class; the background, class 0, where even that has less than `least`."""
+    best, labels = probabilities.max(0)
+    return labels.masked_fill(best < least, 0) if background else labels
+
+
+def only_image(batch: Batch) -> UInt8[Tensor, "3 h w"]:
+    """Return the one image of a batch, for segmenters that see one at a time.
+
+    Raises:
+        ConfigError: If there are several, or no pixels.
+    """
+    images = batch.images[0]
+    if not isinstance(images, Tensor) or len(images) != 1:
+        raise ConfigError("Pictures are segmented one at a time, from their pixels; the batch holds something else.")
+    return images[0]
 
 
 @dataclass(frozen=True)

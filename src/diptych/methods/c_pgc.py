@@ -1,11 +1,12 @@
-"""C-PGC: one noise for all images, learnt by turning the contrastive loss round. For audits: how little breaks a model, and what was made of it.
+"""C-PGC: one noise for all images and one word for all captions, by the contrastive loss turned round. For audits: how little breaks a model.
 
 Paper: Fang et al., "One Perturbation is Enough: On Generating Universal Adversarial Perturbations against Vision-Language Pre-training
 Models", ICCV 2025, arXiv 2406.05491. Official code: github.com/ffhibnese/CPGC_VLP_Universal_Attacks (commit 248fbda).
 
 Idea: a generator turns fixed random maps, conditioned on what the captions of a batch mean, into one noise. With it, images must leave their
 captions and approach the captions that are farthest from them, and leave their own clean embeddings. What it makes last is the noise; neither
-the generator nor the model is needed to use it.
+the generator nor the model is needed to use it. In the same way a second generator makes the embedding of a token, in place of the word of each
+caption that matters most (`models/words.py`), with images and captions in each other's roles; the word nearest to it is the universal word.
 
 Equations (sections 3.3 and 3.4; a embeddings under attack, t captions, t' captions of the farthest other image):
     delta  = clamp(G(z, mean of each image's captions), -eps, eps)
@@ -13,8 +14,12 @@ Equations (sections 3.3 and 3.4; a embeddings under attack, t captions, t' capti
     L_cl   = log(U / (U + P)),  summed over the images and over copies of them at other scales
     L_dis  = -sum_i ||a_i - f(x_i)||^2
     L      = L_cl + w L_dis
+    e      = G'(z', embedding of each caption's image), its length kept between those of the shortest and the longest word
 
-What differs from the paper: images only; the universal word that goes with the noise is not here, though `inverted_contrast` serves both sides.
+What differs from the paper: the word is off unless `word` is set; the noise is the same with and without it. The official table of words is not
+public; ours has the tokens of two letters and more that stand for a whole word each, without stop words, and bounds the length of e. A caption
+under attack chooses its farthest image itself, as in the code, while the clean image chooses its farthest captions.
+
 Cross-attention to a condition of one token is a softmax over one value, hence 1 for every query, so it is written as what it computes: a
 projection of the condition, the same at every pixel. Captions are drawn per text column, so that images may have any number of them; the code
 takes exactly five. The ratio is taken of log-sums. The noise is resized to the model's images by bilinear interpolation, as there for CLIP.
@@ -22,6 +27,8 @@ takes exactly five. The ratio is taken of log-sums. The noise is resized to the 
 The noise is for all images, but its generator saw the captions of one batch: it belongs to the last one, as in the code.
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -39,7 +46,10 @@ from diptych.claims.domains import frozen_start
 from diptych.claims.measures import drawn_scenes, gains_less_than_half
 from diptych.data.loader import Loader, LoaderConfig, TextColumn
 from diptych.data.sources import AbstractSource, open_source
+from diptych.data.text_changes import stop_words
+from diptych.data.words import UniversalWord, whole_words
 from diptych.errors import ConfigError, TrainingError
+from diptych.models.conditioned import GROUPS, ConditionedAttention
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_texts, eval_mode
 from diptych.models.perturbation import (
@@ -51,11 +61,9 @@ from diptych.models.perturbation import (
     load_perturbation,
     sign_noise,
 )
+from diptych.models.words import KeyWords, embed_slots, nearest_row
 from diptych.types import Batch, map_tensors
 from diptych.verbs import AbstractAttack
-
-_GROUPS = 32
-"""Of GroupNorm before attention, as in the code."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,11 @@ class Config:
         distance_weight: Of L_dis; 0.1.
         scales: Of the further copies of each image.
         scale_noise: Standard deviation of the noise on those copies, in units of [0, 1]; 0.05.
-        seed: Of the random maps, the generator's weights, the order and the noise on images.
+        word: Learn a word beside the noise; there it always is.
+        word_filters: Channels of the generator of its embedding, as `filters`; each layer but the first, and the last one, doubles both sides.
+        word_z_dim: Channels of its random maps; 32.
+        language: Of the captions, ISO 639-1: the word is none of its stop words, and takes the place of none.
+        seed: Of the random maps, the generators' weights, the order and the noise on images.
     """
 
     eps: float = 12
@@ -91,6 +103,10 @@ class Config:
     distance_weight: float = 0.1
     scales: tuple[float, ...] = (0.5, 0.75, 1.25, 1.5)
     scale_noise: float = 0.05
+    word: bool = False
+    word_filters: tuple[tuple[int, ...], ...] = ((256, 128), (64, 32))
+    word_z_dim: int = 32
+    language: str = "en"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,79 +116,58 @@ class Config:
                 f"c_pgc needs steps and captions >= 1, batch_size >= 2 and temperature > 0; they are {self.steps}, {self.captions}, "
                 f"{self.batch_size} and {self.temperature}."
             )
-        if not self.filters or not all(self.filters) or any(group[-1] % _GROUPS for group in self.filters[:-1]):
-            raise ConfigError(
-                f"filters are groups of channels, and where attention follows, channels must be a multiple of {_GROUPS}; not {self.filters}."
-            )
-
-
-class ConditionedAttention(nn.Module):
-    """Self-attention over pixels, then the condition, then an MLP; the identity when new, as the last layer starts at zero.
-
-    Source: Rombach et al. 2022, "spatial transformer", with one head and one block.
-    """
-
-    def __init__(self, channels: int, condition_dim: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(_GROUPS, channels, eps=1e-6)
-        self.project_in = nn.Conv2d(channels, channels, 1)
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.query, self.key, self.value = (nn.Linear(channels, channels, bias=False) for _ in range(3))
-        self.out = nn.Linear(channels, channels)
-        self.condition_value = nn.Linear(condition_dim, channels, bias=False)
-        self.condition_out = nn.Linear(channels, channels)
-        self.gated = nn.Linear(channels, 8 * channels)
-        self.mlp_out = nn.Linear(4 * channels, channels)
-        self.project_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(self.project_out.bias)  # type: ignore[arg-type]
-
-    def forward(self, maps: Float[Tensor, "n c h w"], condition: Float[Tensor, "n d"]) -> Float[Tensor, "n c h w"]:
-        """Return maps of the same shape."""
-        stream = self.project_in(self.norm(maps)).flatten(2).transpose(1, 2)
-        normed = self.norm_attention(stream)
-        attended = F.scaled_dot_product_attention(self.query(normed), self.key(normed), self.value(normed))
-        stream = stream + self.out(attended)
-        stream = stream + self.condition_out(self.condition_value(condition))[:, None]
-        value, gate = self.gated(self.norm_mlp(stream)).chunk(2, -1)
-        stream = stream + self.mlp_out(value * F.gelu(gate))
-        changed: Tensor = self.project_out(stream.transpose(1, 2).unflatten(2, maps.shape[-2:]))
-        return maps + changed
+        for groups in (self.filters, self.word_filters):
+            if not groups or not all(groups) or any(group[-1] % GROUPS for group in groups[:-1]):
+                raise ConfigError(
+                    f"filters are groups of channels, and where attention follows, channels must be a multiple of {GROUPS}; not {groups}."
+                )
+        stop_words(self.language)
 
 
 class Generator(nn.Module):
-    """From random maps and their conditions to one noise, not yet bounded. Norms always see the maps of one noise: it stays in training mode.
+    """From random maps and their conditions to one map, not yet bounded. Norms always see the maps of one: it stays in training mode.
 
     Args:
         z_dim: Channels of the random maps.
         filters: See `Config`.
         count: How many maps there are; they are merged into one, so it cannot change.
         condition_dim: Size of a condition.
+        channels: Of what comes out: 3 of a noise, 1 of a token's embedding.
+        first: Side of the first layer's kernel: 4 widens a single pixel to as many, 1 leaves the random maps' size.
     """
 
-    def __init__(self, z_dim: int, filters: Sequence[Sequence[int]], count: int, condition_dim: int) -> None:
+    def __init__(
+        self,
+        z_dim: int,
+        filters: Sequence[Sequence[int]],
+        count: int,
+        condition_dim: int,
+        *,
+        channels: int = 3,
+        first: int = 4,
+    ) -> None:
         super().__init__()
         self.groups, self.attention = nn.ModuleList(), nn.ModuleList()
         before = z_dim
         for number, group in enumerate(filters):
             layers: list[nn.Module] = []
-            for channels in group:
-                stride, padding = (2, 1) if number or layers else (1, 0)
-                widen = nn.ConvTranspose2d(before, channels, 4, stride, padding)
-                layers += [widen, nn.BatchNorm2d(channels), nn.ReLU()]
-                before = channels
+            for width in group:
+                kernel, stride, padding = (4, 2, 1) if number or layers else (first, 1, 0)
+                widen = nn.ConvTranspose2d(before, width, kernel, stride, padding)
+                layers += [widen, nn.BatchNorm2d(width), nn.ReLU()]
+                before = width
             self.groups.append(nn.Sequential(*layers))
             if number + 1 < len(filters):
                 self.attention.append(ConditionedAttention(before, condition_dim))
-        self.out = nn.ConvTranspose2d(before, 3, 4, 2, 1)
+        self.out = nn.ConvTranspose2d(before, channels, 4, 2, 1)
         self.merge = nn.Conv2d(count, 1, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.ConvTranspose2d) or module is self.merge:
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
-    def forward(self, z: Float[Tensor, "n z 1 1"], condition: Float[Tensor, "n d"]) -> Float[Tensor, "1 3 h w"]:
-        """Return the noise: the maps of all conditions, merged channel by channel."""
+    def forward(self, z: Float[Tensor, "n z _h _w"], condition: Float[Tensor, "n d"]) -> Float[Tensor, "1 c h w"]:
+        """Return the maps of all conditions, merged channel by channel."""
         for number, group in enumerate(self.groups):
             z = group(z)
             if number < len(self.attention):
@@ -221,13 +216,13 @@ def inverted_contrast(
 
 @dataclass(frozen=True)
 class Partners:
-    """Captions of a batch under attack, and of the one to be approached; all L2-normalised, without gradient.
+    """What belongs to samples under attack, and what they are to approach: captions of images, or images of captions. L2-normalised, no gradient.
 
     Attributes:
-        own: Captions of the images.
+        own: What belongs to them.
         is_own: Which belong to which.
-        targets: Captions of the other images.
-        group: Which other image each target belongs to.
+        targets: Of other samples.
+        group: Which other image each target belongs to, or is.
     """
 
     own: Float[Tensor, "k d"]
@@ -264,8 +259,44 @@ def attack_loss(
         contrast = contrast + inverted_contrast(
             after, partners.own, partners.is_own, partners.targets, chosen, config.temperature
         )
+    return _total(contrast, adversarial, clean, config)
+
+
+def word_loss(
+    adversarial: Float[Tensor, "m d"], clean: Float[Tensor, "m d"], partners: Partners, config: Config
+) -> Float[Tensor, ""]:
+    """Return L over captions with the word in them, with images as partners.
+
+    Args:
+        adversarial: With the word; L2-normalised, with gradient to it.
+        clean: Without it.
+        partners: Images.
+        config: Temperature and weights.
+
+    Source: section 3.4; the farthest image is that of the caption under attack, as in the code.
+    """
+    chosen = farthest(adversarial, partners.targets, partners.group)
+    contrast = inverted_contrast(
+        adversarial, partners.own, partners.is_own, partners.targets, chosen, config.temperature
+    )
+    return _total(contrast, adversarial, clean, config)
+
+
+def _total(contrast: Tensor, adversarial: Tensor, clean: Tensor, config: Config) -> Float[Tensor, ""]:
     distance = (adversarial - clean).square().sum()
     return config.contrast_weight * contrast - config.distance_weight * distance
+
+
+def word_vector(
+    merged: Float[Tensor, "1 1 h w"], size: int, shortest: float, longest: float
+) -> Float[Tensor, " {size}"]:
+    """Return what a generator made as a token's embedding: its first values, brought to a length within bounds.
+
+    Source: official code; there the size always fits.
+    """
+    vector = merged.flatten()[:size]
+    length: Tensor = vector.norm()
+    return vector * (length.clamp(shortest, longest) / length)
 
 
 def augmented(pixels: Float[Tensor, "b 3 h w"], config: Config) -> list[Float[Tensor, "b 3 h w"]]:
@@ -284,32 +315,40 @@ def augmented(pixels: Float[Tensor, "b 3 h w"], config: Config) -> list[Float[Te
 
 
 class Attack(AbstractAttack):
-    """Learns one noise against a model."""
+    """Learns one noise against a model, and one word if asked to."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     def fit(self, model: DualEncoder, data: AbstractSource) -> UniversalPerturbation:
-        """Return the noise, of the size of the model's images; equal seeds, equal noises. The model is left as it was.
+        """Return the noise, of the size of the model's images, with the word; equal seeds, equal noises. The model is left as it was.
 
         Args:
-            model: White box; any towers that give gradients to their pixels.
+            model: White box; any towers that give gradients to their pixels, and for a word to embeddings of tokens.
             data: Images with captions, at least a batch of them.
 
         Raises:
+            ConfigError: If a word is asked for and the text tower shows no embeddings of tokens, or the tokenizer has no words.
             DataError: If there are no samples.
             TrainingError: If the loss is not finite; names the step.
         """
         config, side = self.config, model.image_policy.size
         own, others = (_batches(model, data, config, seed=2 * config.seed + order) for order in (0, 1))
-        delta = torch.zeros(1, 3, side, side)
-        if config.eps > 0:
-            with eval_mode(model), torch.random.fork_rng():
-                torch.manual_seed(config.seed)
-                learner = Learner(model, own.batch_size * config.captions, config)
-                for number, (batch, target) in enumerate(islice(zip(own, others, strict=True), config.steps)):
-                    delta = learner.step(batch, target, number)
-        return UniversalPerturbation(delta[0].cpu(), config.eps)
+        delta, vector = torch.zeros(1, 3, side, side), torch.empty(0)
+        with eval_mode(model), torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            count = own.batch_size * config.captions
+            of_noise = NoiseLearner(model, count, config) if config.eps > 0 else None
+            of_word = WordLearner(model, data, count, config) if config.word else None
+            pairs = islice(zip(own, others, strict=True), config.steps if of_noise or of_word else 0)
+            for number, pair in enumerate(pairs):
+                batch, target = (map_tensors(lambda tensor: tensor.to(model.device), each) for each in pair)
+                if of_noise is not None:
+                    delta = of_noise.step(batch, target, number)
+                if of_word is not None:
+                    vector = of_word.step(batch, target, number)
+        word = None if of_word is None else of_word.nearest(vector)
+        return UniversalPerturbation(delta[0].cpu(), config.eps, word)
 
 
 def _batches(model: DualEncoder, data: AbstractSource, config: Config, *, seed: int) -> Loader:
@@ -318,46 +357,103 @@ def _batches(model: DualEncoder, data: AbstractSource, config: Config, *, seed: 
     return Loader(data, model.image_policy, model.tokenizer, settings, seed=seed)
 
 
-class Learner:
-    """The generator with its random maps, while it learns.
+class AbstractLearner(ABC):
+    """A generator with its random maps, while it learns.
 
     Attributes:
         z: Random maps, one per caption of a batch.
-        generator: Makes the noise of them.
+        generator: Makes one map of them.
         optimizer: Of its weights.
     """
 
-    def __init__(self, model: DualEncoder, count: int, config: Config) -> None:
-        dim = embed_texts(model, ["a"]).shape[1]
+    def __init__(self, model: DualEncoder, z: Float[Tensor, "n z h w"], generator: Generator, config: Config) -> None:
         self.model, self.config = model, config
-        self.z = torch.randn(count, config.z_dim, 1, 1).to(model.device)
-        self.generator = Generator(config.z_dim, config.filters, count, dim).to(model.device)
+        self.z, self.generator = z.to(model.device), generator.to(model.device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), config.lr, betas=(0.5, 0.999))
 
-    def step(self, batch: Batch, others: Batch, number: int) -> Float[Tensor, "1 3 h w"]:
-        """Return the noise before step `number` of the generator, and take it."""
-        config = self.config
-        batch, others = (map_tensors(lambda tensor: tensor.to(self.model.device), each) for each in (batch, others))
-        pixels = as_floats(batch.images[0])
-        partners = self._partners(batch, others)
-        means = partners.own.unflatten(0, (len(batch), -1)).mean(1)
-        delta = self.generator(self.z, means.repeat(config.captions, 1))
-        delta = fit_size(delta.clamp(-config.eps / LEVELS, config.eps / LEVELS), pixels.shape[-2:])
-        loss = attack_loss(self.model.encode_image, augmented(pixels, config), delta, partners, config)
+    @abstractmethod
+    def step(self, batch: Batch, others: Batch, number: int) -> Tensor:
+        """Return what the generator makes before step `number`, and take it."""
+
+    def learn(self, loss: Float[Tensor, ""], number: int) -> None:
+        """Take a step down the loss."""
         if not loss.isfinite():
-            raise TrainingError(f"the loss is {loss.item()} at step {number}. Lower lr, now {config.lr:g}.")
+            raise TrainingError(f"the loss is {loss.item()} at step {number}. Lower lr, now {self.config.lr:g}.")
         self.optimizer.zero_grad()
         loss.backward(inputs=list(self.generator.parameters()))
         self.optimizer.step()
-        return delta.detach()
 
     @torch.no_grad()
-    def _partners(self, batch: Batch, others: Batch) -> Partners:
-        own = torch.stack([self.model.encode_text(column) for column in batch.texts], 1)
-        targets = torch.cat([self.model.encode_text(column) for column in others.texts])
-        is_own = torch.eye(len(batch), dtype=torch.bool, device=own.device).repeat_interleave(own.shape[1], 1)
-        group = torch.arange(len(others), device=own.device).repeat(len(others.texts))
-        return Partners(own.flatten(0, 1), is_own, targets, group)
+    def captions(self, batch: Batch) -> Float[Tensor, "b c d"]:
+        """Return the embeddings of a batch's captions, image by image."""
+        return torch.stack([self.model.encode_text(column) for column in batch.texts], 1)
+
+    def is_own(self, batch: Batch) -> Bool[Tensor, "b k"]:
+        """Return which captions, image by image, belong to which image."""
+        same = torch.eye(len(batch), dtype=torch.bool, device=self.model.device)
+        return same.repeat_interleave(len(batch.texts), 1)
+
+
+class NoiseLearner(AbstractLearner):
+    """Learns the noise."""
+
+    def __init__(self, model: DualEncoder, count: int, config: Config) -> None:
+        dim, z = embed_texts(model, ["a"]).shape[1], torch.randn(count, config.z_dim, 1, 1)
+        super().__init__(model, z, Generator(config.z_dim, config.filters, count, dim), config)
+
+    def step(self, batch: Batch, others: Batch, number: int) -> Float[Tensor, "1 3 h w"]:
+        """Return the noise before step `number`, and take it."""
+        config, pixels = self.config, as_floats(batch.images[0])
+        own, targets = self.captions(batch), self.captions(others)
+        group = torch.arange(len(others), device=own.device).repeat(config.captions)
+        partners = Partners(own.flatten(0, 1), self.is_own(batch), targets.transpose(0, 1).flatten(0, 1), group)
+        delta = self.generator(self.z, own.mean(1).repeat(config.captions, 1))
+        delta = fit_size(delta.clamp(-config.eps / LEVELS, config.eps / LEVELS), pixels.shape[-2:])
+        self.learn(attack_loss(self.model.encode_image, augmented(pixels, config), delta, partners, config), number)
+        return delta.detach()
+
+
+class WordLearner(AbstractLearner):
+    """Learns the embedding of a word. Takes no random numbers but its own, so that the noise beside it stays what it is.
+
+    Attributes:
+        words: What the word may be, by id.
+        table: Their embeddings.
+        lengths: Of the shortest and the longest.
+        key_words: Knows the most important word of each caption.
+    """
+
+    def __init__(self, model: DualEncoder, data: AbstractSource, count: int, config: Config) -> None:
+        self.words = whole_words(model.tokenizer, spared=stop_words(config.language))
+        with torch.no_grad():
+            self.table = model.text.token_embeddings(torch.tensor([[*self.words]], device=model.device))[0]
+        shortest, longest = self.table.norm(dim=1).aminmax()
+        self.lengths = shortest.item(), longest.item()
+        self.key_words = KeyWords(model, (text.text for row in range(len(data)) for text in data.texts(row)))
+        width = math.ceil(self.table.shape[1] / 4 ** sum(map(len, config.word_filters)))
+        dim = embed_texts(model, ["a"]).shape[1]
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            z = torch.randn(count, config.word_z_dim, 1, width)
+            generator = Generator(config.word_z_dim, config.word_filters, count, dim, channels=1, first=1)
+        super().__init__(model, z, generator, config)
+
+    def step(self, batch: Batch, others: Batch, number: int) -> Float[Tensor, " e"]:
+        """Return the embedding before step `number`, and take it."""
+        with torch.no_grad():
+            images, targets = (self.model.encode_image(each.images[0]) for each in (batch, others))
+        group = torch.arange(len(targets), device=targets.device)
+        partners = Partners(images, self.is_own(batch).T, targets, group)
+        made = self.generator(self.z, images.repeat_interleave(len(batch.texts), 0))
+        vector = word_vector(made, self.table.shape[1], *self.lengths)
+        keys = torch.stack([column.key for column in batch.texts], 1).flatten().tolist()
+        adversarial = embed_slots(self.model, self.key_words.slots(keys), vector)
+        self.learn(word_loss(adversarial, self.captions(batch).flatten(0, 1), partners, self.config), number)
+        return vector.detach()
+
+    def nearest(self, vector: Float[Tensor, " e"]) -> UniversalWord:
+        """Return the word whose embedding is nearest."""
+        return UniversalWord([*self.words.values()][nearest_row(vector, self.table)], self.config.language)
 
 
 read: Callable[[Path], UniversalPerturbation] = load_perturbation
@@ -369,8 +465,9 @@ def mini() -> Config:
 
     On the validation split of drawn scenes 20 and 60 steps, and learning rates of 5e-4 and 2e-3, took the same from it.
     """
+    filters, word_filters = ((64,), (32,), (16, 16)), ((64,), (32, 16))
     return Config(
-        steps=60, batch_size=8, captions=1, lr=5e-4, filters=((64,), (32,), (16, 16)), z_dim=32, scales=(0.5,)
+        steps=60, batch_size=8, captions=1, lr=5e-4, filters=filters, z_dim=32, scales=(0.5,), word_filters=word_filters
     )
 
 

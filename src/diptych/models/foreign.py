@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +153,7 @@ class HFTextTower(AbstractTextTower):
         layers: Sequence[int] = (),
         attention: Sequence[int] = (),
         context: Float[Tensor, "b c w"] | None = None,
+        context_start: int = 1,
     ) -> TowerOutput:
         """Return pooled vector and tokens; see `AbstractTextTower`.
 
@@ -159,7 +161,7 @@ class HFTextTower(AbstractTextTower):
             ConfigError: If attention is asked for while transformers uses a kernel that gives none.
         """
         output = self.model(
-            **self._inputs(ids, context),
+            **self._inputs(ids, context, context_start),
             attention_mask=mask.long(),
             output_hidden_states=bool(layers),
             output_attentions=bool(attention),
@@ -179,10 +181,23 @@ class HFTextTower(AbstractTextTower):
             attention=tuple(output.attentions[i] for i in attention),
         )
 
-    def _inputs(self, ids: Tensor, context: Tensor | None) -> dict[str, Tensor]:
+    def _inputs(self, ids: Tensor, context: Tensor | None, start: int) -> dict[str, Tensor]:
         if context is None:
             return {"input_ids": ids}
-        return {"inputs_embeds": with_context(self.model.get_input_embeddings()(ids), context)}
+        return {"inputs_embeds": with_context(self.token_embeddings(ids), context, start)}
+
+    def token_embeddings(self, ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t e"]:
+        """Return what transformers looks up for ids; see `AbstractTextTower`.
+
+        Raises:
+            ConfigError: If the encoder takes no vectors in place of ids.
+        """
+        if "inputs_embeds" not in signature(self.model.forward).parameters:
+            raise ConfigError(
+                f"A vector can stand in for a word only where an encoder of transformers takes inputs_embeds, and "
+                f"{type(self.model).__name__} does not. Take a text tower that does, such as a BERT."
+            )
+        return self.model.get_input_embeddings()(ids)  # type: ignore[no-any-return]
 
     @property
     def by_row(self) -> bool:

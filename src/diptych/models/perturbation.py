@@ -6,6 +6,7 @@ model.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from diptych.data.words import UniversalWord
 from diptych.errors import ConfigError, InputError
 from diptych.files import atomic_file
 from diptych.models.dual import Images
@@ -33,9 +35,11 @@ class AbstractPerturbation(ABC):
 
     Attributes:
         eps: Largest change, in levels of 255.
+        word: What goes with it for captions; None where only images are changed.
     """
 
     eps: float
+    word: UniversalWord | None = None
 
     @abstractmethod
     def apply(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -53,6 +57,7 @@ class UniversalPerturbation(AbstractPerturbation):
     Attributes:
         delta: Added to the pixels, in units of [0, 1]; resized for images of another size.
         eps: Bound of |delta|, in levels of 255.
+        word: For captions, if there is one.
 
     Raises:
         ConfigError: If eps is out of range, or delta exceeds it.
@@ -60,6 +65,7 @@ class UniversalPerturbation(AbstractPerturbation):
 
     delta: Float[Tensor, "3 h w"]
     eps: float
+    word: UniversalWord | None = None
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
@@ -73,14 +79,17 @@ class UniversalPerturbation(AbstractPerturbation):
         return (pixels + fit_size(self.delta[None].to(pixels), pixels.shape[-2:])).clamp(0, 1)
 
     def save(self, file: Path) -> None:
-        """Write the noise, as the ending says: .safetensors with its eps, .npy, or .png in whole levels around grey.
+        """Write the noise, as the ending says: .safetensors with its eps and its word, .npy, or .png in whole levels around grey.
 
         Raises:
-            ConfigError: If it is another ending, or the noise is too large for a picture.
+            ConfigError: If it is another ending, the noise is too large for a picture, or there is a word, which only .safetensors can hold.
         """
+        if self.word is not None:
+            check_holds_words(file)
         with atomic_file(file) as path:
             if file.suffix == ".safetensors":
-                save_file({"delta": self.delta.contiguous()}, path, metadata={"eps": repr(self.eps)})
+                about = {} if self.word is None else vars(self.word)
+                save_file({"delta": self.delta.contiguous()}, path, metadata={"eps": repr(self.eps), **about})
             elif file.suffix == ".npy":
                 with path.open("wb") as opened:
                     np.save(opened, self.delta.numpy())
@@ -103,6 +112,18 @@ def sign_noise(side: int, eps: float, *, seed: int = 0) -> UniversalPerturbation
     """
     signs = torch.randint(2, (3, side, side), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
     return UniversalPerturbation(signs * (eps / LEVELS), eps)
+
+
+def check_holds_words(file: Path) -> None:
+    """Raise unless a file can hold a word beside the noise.
+
+    Raises:
+        ConfigError: If it has another ending than .safetensors.
+    """
+    if file.suffix != ".safetensors":
+        raise ConfigError(
+            f"A noise with a word is written as .safetensors, which alone holds both; not as {file.name}."
+        )
 
 
 def as_floats(images: Images) -> Float[Tensor, "b 3 h w"]:
@@ -142,7 +163,7 @@ def fit_size(delta: Float[Tensor, "b 3 _h _w"], size: tuple[int, ...]) -> Float[
 
 
 def load_perturbation(file: Path, *, eps: float | None = None) -> UniversalPerturbation:
-    """Return a noise from a file.
+    """Return a noise from a file, with its word if it has one.
 
     Args:
         file: .safetensors (tensor `delta`, or the only one), .npy, or a picture. Floats are in units of [0, 1], whole numbers in levels of 255; in
@@ -153,7 +174,9 @@ def load_perturbation(file: Path, *, eps: float | None = None) -> UniversalPertu
         InputError: If it is no such file, or no noise of three channels.
     """
     try:
-        values, stored = _read(file)
+        values, about = _read(file)
+        word = UniversalWord(about["word"], about["language"]) if "word" in about else None
+        bound = float(about["eps"]) if eps is None and "eps" in about else eps
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read as a noise (.safetensors, .npy, or a picture): {error}") from error
     delta = values.squeeze(0) if values.ndim == 4 else values
@@ -164,24 +187,22 @@ def load_perturbation(file: Path, *, eps: float | None = None) -> UniversalPertu
             f"A noise is [3, height, width], finite, and at most 1 (all {LEVELS} levels); {file} has {list(values.shape)}, "
             f"largest {values.abs().max().item():g}. Divide levels by {LEVELS} if they are stored as floats."
         )
-    bound = stored if eps is None else eps
     if bound is None:
         bound = delta.abs().max().item() * LEVELS
-    return UniversalPerturbation(delta.clamp(-bound / LEVELS, bound / LEVELS).contiguous(), bound)
+    return UniversalPerturbation(delta.clamp(-bound / LEVELS, bound / LEVELS).contiguous(), bound, word)
 
 
-def _read(file: Path) -> tuple[Float[Tensor, "..."], float | None]:
-    """Return the values of a file in units of [0, 1], and eps if it says so."""
+def _read(file: Path) -> tuple[Float[Tensor, "..."], Mapping[str, str]]:
+    """Return the values of a file in units of [0, 1], and what it says of them: eps, word, language."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as archive:
             names = list(archive.keys())
             if "delta" not in names and len(names) != 1:
                 raise KeyError(f"it holds {', '.join(names) or 'nothing'}, and not one tensor `delta`")
-            stored = (archive.metadata() or {}).get("eps")
             values = archive.get_tensor("delta" if "delta" in names else names[0]).float()
-            return values, None if stored is None else float(stored)
+            return values, archive.metadata() or {}
     if file.suffix == ".npy":
         array = np.load(file, allow_pickle=False)
-        return torch.from_numpy(array.astype(np.float32) / (1 if array.dtype.kind == "f" else LEVELS)), None
+        return torch.from_numpy(array.astype(np.float32) / (1 if array.dtype.kind == "f" else LEVELS)), {}
     with Image.open(file) as picture:
-        return torch.from_numpy((np.asarray(picture.convert("RGB"), np.float32) - GREY) / LEVELS), None
+        return torch.from_numpy((np.asarray(picture.convert("RGB"), np.float32) - GREY) / LEVELS), {}

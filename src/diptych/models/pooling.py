@@ -9,6 +9,18 @@ from diptych.models.dual import normalise
 OPPOSITE = 1e-6
 
 
+def check_weight(image_weight: float | None) -> None:
+    """Refuse a share of the image that is none; None stands for one that is to be chosen.
+
+    Raises:
+        InputError: If it is out of [0, 1].
+    """
+    if image_weight is not None and not 0 <= image_weight <= 1:
+        raise InputError(
+            f"image_weight is the share of the image in its record's vector, in [0, 1], not {image_weight}."
+        )
+
+
 def pool(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], image_weight: float = 0.5) -> Float[Tensor, "n d"]:
     """Return w image + (1 - w) text, normalised.
 
@@ -24,10 +36,7 @@ def pool(image: Float[Tensor, "n d"], text: Float[Tensor, "n d"], image_weight: 
 
     Source: Arora et al. 2023 (arXiv 2304.03464), section 3.
     """
-    if not 0 <= image_weight <= 1:
-        raise InputError(
-            f"image_weight is the share of the image in its record's vector, in [0, 1], not {image_weight}."
-        )
+    check_weight(image_weight)
     if image_weight in (0, 1):
         return image if image_weight else text
     both = image_weight * image + (1 - image_weight) * text

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diptych.data.tokenizer import Tokenizer
-from diptych.errors import ConfigError, TextError
+from diptych.data.tokenizer import TextPolicy, Tokenizer
+from diptych.errors import TextError
 from diptych.losses.full import full
 from diptych.models.by_length import GROUP_COST, cut, lengths_of
 from diptych.models.dual import DualEncoder
@@ -20,25 +20,27 @@ from diptych.types import Tokens
 
 
 def slotted(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> Tokens:
-    """Return the ids of texts with `count` slots between the first token and the words, for a tower's `context`.
+    """Return the ids of texts with `count` slots before the words, for a tower's `context`.
+
+    They stand behind the token that begins every text; at the front where none does, as in SigLIP.
 
     Raises:
-        ConfigError: If the model's texts have no first token, behind which slots could be.
         TextError: If slots and words are more than a text may have; names the text.
     """
-    policy = tokenizer.policy
-    if policy.begin is None:
-        raise ConfigError(
-            "Learnt prompts stand behind the first token, and this model's texts begin with none (text_policy.begin)."
-        )
+    policy, start = tokenizer.policy, _first_slot(tokenizer.policy)
     for text, length in zip(texts, tokenizer.lengths(texts), strict=True):
         if length + count > policy.length:
             raise TextError(
                 f"{text!r} needs {length} tokens and the learnt prompt {count}; this model takes {policy.length} together. Shorten the name, "
                 "or learn fewer vectors."
             )
-    sequences = [[policy.begin] + [policy.pad] * count + ids[1:] for ids in tokenizer.sequences(texts)]
+    slots = [policy.pad] * count
+    sequences = [ids[:start] + slots + ids[start:] for ids in tokenizer.sequences(texts)]
     return tokenizer.pad(sequences, tokenizer.keys(texts))
+
+
+def _first_slot(policy: TextPolicy) -> int:
+    return 0 if policy.begin is None else 1
 
 
 def prompted_texts(model: DualEncoder, texts: Tokens, context: Float[Tensor, "b c w"]) -> Float[Tensor, "b k d"]:
@@ -49,12 +51,13 @@ def prompted_texts(model: DualEncoder, texts: Tokens, context: Float[Tensor, "b 
         texts: k of them, from `slotted`.
         context: As many vectors as there are slots.
     """
-    b, lengths = len(context), lengths_of(texts.mask)
+    b, lengths, start = len(context), lengths_of(texts.mask), _first_slot(model.tokenizer.policy)
 
     def ask(rows: Int64[Tensor, " some"], length: int) -> Float[Tensor, "b some d"]:
         ids, mask = texts.ids[rows, :length], texts.mask[rows, :length]
         with plain_attention(ids):
-            output = model.text(ids.repeat(b, 1), mask.repeat(b, 1), context=context.repeat_interleave(len(rows), 0))
+            vectors = context.repeat_interleave(len(rows), 0)
+            output = model.text(ids.repeat(b, 1), mask.repeat(b, 1), context=vectors, context_start=start)
         embedded: Tensor = F.normalize(full(model.text_head(output)), dim=-1).unflatten(0, (b, len(rows)))
         return embedded
 

@@ -6,18 +6,29 @@ A classifier under such prompts depends on the style of the image that it judges
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diptych.config import from_json, to_json
 from diptych.data.parts import prompt
+from diptych.data.sources import AbstractSource
+from diptych.models.attachment import read_attachment, save_attachment
 from diptych.models.dual import DualEncoder
+from diptych.models.embedding import inference
 from diptych.models.precision import Precision, autocast, choose_precision
 from diptych.models.prompting import prompted_texts, slotted
+from diptych.models.seen import Labelled, Seen, labels_of, look, see, shown
 from diptych.models.statistics import LayerStatistics
-from diptych.types import Tokens, map_tensors
+from diptych.types import Batch, Tokens, map_tensors
+
+AT_ONCE = 32
+"""Images whose prompts are read together; as many times the number of classes go through the text tower."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +36,20 @@ class AbstractStylePrompts:
     """Settings of such prompts, for the configuration of a method that learns them.
 
     Attributes:
+        method: Slug of the method, for what is saved.
         hidden: Width between the two maps of the style; 256 in IP-CLIP.
         image_tokens: Times the content vector stands in the prompt; 4.
         domain_repeats: Times the style vectors do; 2.
         template: What follows them, `{}` for the class.
+        precision: Of the towers.
     """
 
+    method: ClassVar[str]
     hidden: int = 256
     image_tokens: int = 4
     domain_repeats: int = 2
     template: str = "{}."
+    precision: Precision = "auto"
 
 
 C = TypeVar("C", bound=AbstractStylePrompts)
@@ -142,3 +157,80 @@ def without_style(projector: Projector[C]) -> Projector[C]:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
     return copy
+
+
+class StyleClassifier(nn.Module, Generic[C]):
+    """Classifies images by prompts that are made of the images themselves.
+
+    Attributes:
+        model: Frozen.
+        projector: What was learnt.
+        classes: Names, in the order of the logits.
+        names: Their tokens, with slots.
+    """
+
+    def __init__(self, model: DualEncoder, projector: Projector[C], classes: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.projector, self.classes = model, projector, tuple(classes)
+        self.names = projector.names_of(model, self.classes)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "b k"]:
+        """Return logits over the classes for the main view of a batch."""
+        with inference(self.model, self.projector.config.precision):
+            seen = look(self.model, batch.images[0])
+        return self.logits(map_tensors(torch.clone, seen))
+
+    def logits(self, seen: Seen) -> Float[Tensor, "n k"]:
+        """Return logits of images that the tower has seen."""
+        found, precision = [], self.projector.config.precision
+        with inference(self.model):
+            for rows in torch.arange(len(seen.embedding)).split(AT_ONCE):
+                part = map_tensors(partial(torch.index_select, dim=0, index=rows.to(self.model.device)), seen)
+                said = prompted(self.model, self.names, self.projector, part.statistics, precision)
+                found.append(said.logits(part.embedding, self.model.scale))
+        return torch.cat(found)
+
+    def correct(self, data: Labelled) -> Float[np.ndarray, " n"]:
+        """Return 1.0 for every image whose class is nearest, else 0.0."""
+        return (self.logits(data.seen).argmax(1) == data.label).double().cpu().numpy()
+
+    def exam(self, source: AbstractSource) -> Labelled:
+        """Return what the tower says of labelled samples, for `correct`.
+
+        Raises:
+            DataError: If a sample has none of the classes.
+            ImageError: If an image cannot be read.
+        """
+        label = labels_of(source, self.classes)
+        return see(self.model, shown(self.model, source), label, self.projector.config.precision)
+
+    def without_style(self) -> "StyleClassifier[C]":
+        """Return a classifier whose style vectors are zeros, see `without_style`."""
+        return StyleClassifier(self.model, without_style(self.projector), self.classes)
+
+    def save(self, folder: Path) -> None:
+        """Write what was learnt, without the towers."""
+        record = {
+            "method": self.projector.config.method,
+            "config": to_json(self.projector.config),
+            "classes": self.classes,
+            "widths": [layer.in_features for layer in self.projector.content],
+        }
+        save_attachment(folder, self.projector, record, self.model)
+
+
+def read_style_classifier(folder: Path, model: DualEncoder, config: type[C]) -> StyleClassifier[C]:
+    """Return what `StyleClassifier.save` wrote.
+
+    Args:
+        folder: Where it is.
+        model: The one that it was learnt on; it is frozen and put in eval mode.
+        config: Type of the projector's settings.
+
+    Raises:
+        CheckpointError: If there is nothing to read, or it was learnt on another model.
+    """
+    record, weights = read_attachment(folder, model, needs=("config", "classes", "widths"))
+    projector = Projector(record["widths"], model.text.width, from_json(config, record["config"]))
+    projector.load_state_dict(weights)
+    return StyleClassifier(model.requires_grad_(False).eval(), projector.to(model.device), record["classes"])

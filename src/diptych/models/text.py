@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from diptych.errors import TextError
+from diptych.errors import ConfigError, TextError
 from diptych.models.transformer import Activation, Transformer
 from diptych.types import TowerOutput
 
@@ -32,11 +32,25 @@ class AbstractTextTower(nn.Module, ABC):
         layers: Sequence[int] = (),
         attention: Sequence[int] = (),
         context: Float[Tensor, "b c w"] | None = None,
+        context_start: int = 1,
     ) -> TowerOutput:
         """Return pooled vector and tokens, and the residual stream or attention of the layers asked for (0 is the first block).
 
-        `context` stands in for the embeddings of ids 1 to c, before positions are added: a learnt prompt behind the first token.
+        `context` stands in for the embeddings of c ids from number `context_start` on, before positions are added: a learnt prompt, behind the
+        first token as a rule.
         """
+
+    def token_embeddings(self, ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t e"]:
+        """Return what stands for ids before positions are added; `context` takes vectors of this kind.
+
+        Raises:
+            ConfigError: If the tower does not show them, which is so until it says how.
+        """
+        del ids
+        raise ConfigError(
+            f"A vector can stand in for a word only where the text tower shows its embeddings of tokens, and {type(self).__name__} has no "
+            "token_embeddings. Take a model with our TextConfig, or with an encoder of transformers that takes inputs_embeds."
+        )
 
     @property
     @abstractmethod
@@ -103,6 +117,7 @@ class TextTransformer(AbstractTextTower):
         layers: Sequence[int] = (),
         attention: Sequence[int] = (),
         context: Float[Tensor, "b c w"] | None = None,
+        context_start: int = 1,
     ) -> TowerOutput:
         """Return pooled vector and tokens; see `AbstractTextTower`.
 
@@ -114,10 +129,14 @@ class TextTransformer(AbstractTextTower):
             raise TextError(
                 f"The text tower takes at most {self.config.length} tokens, these texts have {length}. Use the model's own tokenizer."
             )
-        stream = with_context(self.token_embedding(ids), context) + self.position[:length]
+        stream = with_context(self.token_embeddings(ids), context, context_start) + self.position[:length]
         stream, kept, maps = self.transformer(stream, self._visible(mask), layers=layers, attention=attention)
         stream = self.norm_after(stream)
         return TowerOutput(self._pool(stream, mask), stream, mask=mask, layers=kept, attention=maps)
+
+    def token_embeddings(self, ids: Int64[Tensor, "b t"]) -> Float[Tensor, "b t e"]:
+        """Return rows of the table; see `AbstractTextTower`."""
+        return self.token_embedding(ids)  # type: ignore[no-any-return]
 
     @property
     def by_row(self) -> bool:
@@ -143,8 +162,10 @@ class TextTransformer(AbstractTextTower):
         return stream[:, 0 if self.config.pool == "first" else -1]
 
 
-def with_context(tokens: Float[Tensor, "b t w"], context: Float[Tensor, "b c w"] | None) -> Float[Tensor, "b t w"]:
-    """Return embeddings of tokens with those behind the first one replaced; as they are without a context."""
+def with_context(
+    tokens: Float[Tensor, "b t w"], context: Float[Tensor, "b c w"] | None, start: int = 1
+) -> Float[Tensor, "b t w"]:
+    """Return embeddings of tokens with those from number `start` on replaced; as they are without a context."""
     if context is None:
         return tokens
-    return torch.cat([tokens[:, :1], context.to(tokens.dtype), tokens[:, 1 + context.shape[1] :]], 1)
+    return torch.cat([tokens[:, :start], context.to(tokens.dtype), tokens[:, start + context.shape[1] :]], 1)

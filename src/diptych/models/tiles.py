@@ -1,11 +1,14 @@
-"""An image as overlapping squares, and maps of the squares as one map again, the mean of the squares where they overlap."""
+"""An image as overlapping squares, and maps of the squares as one map again, the mean of the squares where they overlap.
+
+Towers see whole patches, so lengths of windows are counted in them.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,6 +81,11 @@ class Windows:
         )
         return tuple((y, x) for y in rows for x in columns)
 
+    def of_maps(self, patch: int, fine: int = 1) -> "Windows":
+        """Return the same windows over maps with `fine` places along each patch of `patch` pixels."""
+        lengths = (self.height, self.width, self.side, self.stride)
+        return Windows(*(length // patch * fine for length in lengths))
+
     def cut(self, image: Shaped[Tensor, "... h w"]) -> Shaped[Tensor, "windows ... side side"]:
         """Return the squares."""
         return _cut(image, self.corners, self.side)
@@ -85,6 +93,29 @@ class Windows:
     def merge(self, maps: Float[Tensor, "windows ... side side"]) -> Float[Tensor, "... h w"]:
         """Return one map, the mean of the squares where they overlap."""
         return _merge(maps, self.corners, (self.height, self.width))
+
+
+def whole(length: float, patch: int) -> int:
+    """Return a length rounded up to whole patches, at least one."""
+    return patch * max(1, -int(-length // patch))
+
+
+def resized_for_windows(
+    image: UInt8[Tensor, "c h w"], *, short_side: int, long_side: int, side: int, patch: int
+) -> UInt8[Tensor, "c _height _width"]:
+    """Return an image as windows are cut from it: resized (bilinear), each side then to whole patches, and none below a window's.
+
+    Args:
+        image: Of any size.
+        short_side: Of the result, before sides are made whole.
+        long_side: It shrinks both sides where the longer one would be more.
+        side: Of the windows, whole patches.
+        patch: Pixels.
+    """
+    factor = min(short_side / min(image.shape[1:]), long_side / max(image.shape[1:]))
+    size = tuple(max(side, whole(length * factor, patch)) for length in image.shape[1:])
+    resized = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def upsampled(values: Float[Tensor, "tiles p k"], grid: tuple[int, int], tiles: Tiles) -> Float[Tensor, "k h w"]:

@@ -75,7 +75,7 @@ class MetricsLog:
         self._writers = [_open_writer(name, folder, step) for name in writers]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Add one row; it is on disk when this returns."""
+        """Add one row; it is in the file when this returns, and outlives the process, though not the machine."""
         if not distributed.is_first():
             return
         with self.path.open("a") as file:

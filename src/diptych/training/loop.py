@@ -1,10 +1,10 @@
 """The training loop, on one screen: take a step, log, evaluate when due, save when due. No callbacks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -24,7 +24,7 @@ from diptych.training.recipe import Recipe, repeats
 from diptych.training.speed import choices, counting, matmul_peak
 from diptych.training.state import RunState, join_shards, restore, save
 from diptych.training.step import STEPS, clip_gradients, to_device
-from diptych.types import Encoded, Losses
+from diptych.types import Batch, Encoded, Losses
 from diptych.verbs import AbstractObjective
 
 Evaluate = Callable[[DualEncoder], Mapping[str, float]]
@@ -63,58 +63,41 @@ def fit(
     with display(total, console) as screen, ExitStack() as opened:
         size = loader.batch_size * recipe.accumulate * distributed.part()[1]
         screen.say(f"Training {total} steps of {size} on {device}. Precision: {reason}")
-        draws = total * recipe.accumulate * loader.batch_size
-        use_cache(objective, loader, precision, draws=draws, say=screen.say)
-        peak, flops = matmul_peak(device, precision), 0
-        for choice in choices(model, precision, recipe.speed, peak):
-            screen.say(choice)
-        state, sharded = _make_state(objective, loader, recipe), distributed.is_sharded(objective)
-        check_hardening(objective, recipe.harden, sharded=sharded, say=screen.say)
+        state = _make_state(objective, loader, recipe, precision, total=total, say=screen.say)
         start = restore(state, folder) if resume else 0
         log = MetricsLog(folder, step=start, writers=recipe.writers)
         opened.enter_context(levers(model, recipe.speed, loader, autocast(precision, device), say=screen.say))
-        watch = Stopwatch(loader)
+        watch, peak = Stopwatch(loader), matmul_peak(device, precision)
         batches = (to_device(batch, device) for batch in watch.batches())
+        sharded, side, flops = distributed.is_sharded(objective), None, 0
+        asks = sharded or distributed.is_first()  # sharded towers answer where all processes ask
         for step in range(start + 1, total + 1):
             # Take a step.
             watch.start()
             lr = set_learning_rate(state.optimizer, schedule(step - 1, total, recipe.optimizer.warmup_rate))
-            state.optimizer.zero_grad()
-            side, last = (side_at(number, total, recipe.speed.resolutions) for number in (step, max(1, step - 1)))
-            casting, seed = autocast(precision, device), f"{recipe.seed} {step}"
-            sized = map(partial(shrink, side=side), batches)
+            last, side = side, side_at(step, total, recipe.speed.resolutions)
+            sized, casting = map(partial(shrink, side=side), batches), autocast(precision, device)
+            seed, count = f"{recipe.seed} {step}", step == start + 1 or side != last
             shown = hardened(objective, sized, recipe.harden, casting, seed=seed, repeat=loader.repeat)
-            with _naming(step):
-                with counting(on=step == start + 1 or side != last) as counted:
-                    losses = STEPS[recipe.step](objective, shown, recipe.accumulate, casting)
-                norm = _update(state, recipe.optimizer.clip_norm, step)
-            flops = counted.count or flops
+            losses, norm, counted = _take_step(state, shown, recipe, casting, step, count=count)
+            flops = counted or flops
             watch.stop(flops)
-            epoch, before = (count * recipe.accumulate / loader.batches_per_epoch for count in (step, step - 1))
+            at = {"step": step, "epoch": round(_epochs(step, loader, recipe), 3)}
 
             # Log.
             if step % recipe.log_every == 0 or step == total:
-                row: dict[str, Any] = {
-                    "step": step,
-                    "epoch": round(epoch, 3),
-                    **_means(losses),
-                    "lr": lr,
-                    "scale": model.scale.item(),
-                    "grad_norm": norm,
-                    **watch.lap(peak),
-                    "skipped": loader.skipped,
-                }
+                moved = {"lr": lr, "scale": model.scale.item(), "grad_norm": norm}
+                row = {**at, **_means(losses), **moved, **watch.lap(peak), "skipped": loader.skipped}
                 log.write(row)
                 screen.show(row)
 
             # Evaluate when due.
-            due = recipe.evaluate_every and epoch // recipe.evaluate_every > before // recipe.evaluate_every
-            asked = sharded or distributed.is_first()  # sharded towers answer where all processes ask
-            if evaluate is not None and (due or step == total) and asked:
+            if evaluate is not None and asks and (step == total or _ends_an_epoch(step, loader, recipe)):
                 with state.final_weights(), uncompiled(model):
                     numbers = dict(evaluate(model))
-                log.write({"step": step, "epoch": round(epoch, 3), "evaluation": numbers})
-                screen.say(f"epoch {epoch:g}: " + "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+                log.write({**at, "evaluation": numbers})
+                said = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+                screen.say(f"epoch {_epochs(step, loader, recipe):g}: {said}")
 
             # Save when due.
             if step % recipe.save_every == 0 or step == total:
@@ -128,13 +111,52 @@ def fit(
     objective.eval()
 
 
-def _make_state(objective: AbstractObjective[Encoded], loader: Loader, recipe: Recipe[Any]) -> RunState:
-    """Return what changes while a run is on; first the towers are cut between the processes, if the recipe says so."""
+def _make_state(
+    objective: AbstractObjective[Encoded],
+    loader: Loader,
+    recipe: Recipe[Any],
+    precision: Literal["fp32", "bf16"],
+    *,
+    total: int,
+    say: Callable[[str], None],
+) -> RunState:
+    """Return what changes while a run of `total` steps is on, and say how it will compute.
+
+    First what frozen towers make of the samples is looked up, and towers are cut between the processes, as the recipe says.
+    """
+    model = objective.model
+    use_cache(objective, loader, precision, draws=total * recipe.accumulate * loader.batch_size, say=say)
+    for choice in choices(model, precision, recipe.speed, matmul_peak(model.device, precision)):
+        say(choice)
     if recipe.sharding == "full":
         distributed.shard(objective)
-    towers = (objective.model.vision, objective.model.text)
-    optimizer = make_optimizer(objective, towers, recipe.optimizer)
+    check_hardening(objective, recipe.harden, sharded=distributed.is_sharded(objective), say=say)
+    optimizer = make_optimizer(objective, (model.vision, model.text), recipe.optimizer)
     return RunState(objective, optimizer, make_average(objective, recipe.optimizer), loader)
+
+
+def _take_step(
+    state: RunState,
+    batches: Iterable[Batch],
+    recipe: Recipe[Any],
+    casting: AbstractContextManager[None],
+    step: int,
+    *,
+    count: bool,
+) -> tuple[list[Losses], float, int]:
+    """Move the weights by the gradient of the next batches; return their losses, its norm, and the operations if they are to be counted.
+
+    Raises:
+        TrainingError: If a loss or the gradient is not finite; names the step. Nothing has moved then.
+    """
+    state.optimizer.zero_grad()
+    try:
+        with counting(on=count) as counted:
+            losses = STEPS[recipe.step](state.objective, batches, recipe.accumulate, casting)
+        norm = _update(state, recipe.optimizer.clip_norm, step)
+    except TrainingError as error:
+        raise TrainingError(f"Stopped at step {step}: {error}") from error
+    return losses, norm, counted.count
 
 
 def _update(state: RunState, clip_norm: float | None, step: int) -> float:
@@ -152,13 +174,15 @@ def _update(state: RunState, clip_norm: float | None, step: int) -> float:
     return norm
 
 
-@contextmanager
-def _naming(step: int) -> Iterator[None]:
-    """Name the step in what stops a run."""
-    try:
-        yield
-    except TrainingError as error:
-        raise TrainingError(f"Stopped at step {step}: {error}") from error
+def _epochs(step: int, loader: Loader, recipe: Recipe[Any]) -> float:
+    """Return how many passes over the data were made by the end of a step."""
+    return step * recipe.accumulate / loader.batches_per_epoch
+
+
+def _ends_an_epoch(step: int, loader: Loader, recipe: Recipe[Any]) -> bool:
+    """Return whether an epoch after which the recipe evaluates ends in this step."""
+    before, after = (_epochs(count, loader, recipe) for count in (step - 1, step))
+    return recipe.evaluate_every > 0 and after // recipe.evaluate_every > before // recipe.evaluate_every
 
 
 def _means(losses: Sequence[Losses]) -> dict[str, Any]:

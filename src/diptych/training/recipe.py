@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from diptych.data.loader import LoaderConfig
+from diptych.errors import ConfigError
 from diptych.models.build import DualConfig
 from diptych.models.dual import TowerMode
 from diptych.models.pgd import PGDConfig
@@ -88,6 +89,15 @@ class Recipe(Generic[C]):
     device: str = "auto"
     seed: int = 0
     writers: tuple[Writer, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "accumulate", "save_every", "log_every")
+        if min(getattr(self, name) for name in counts) < 1 or self.evaluate_every < 0:
+            given = ", ".join(f"{name} {getattr(self, name)}" for name in (*counts, "evaluate_every"))
+            raise ConfigError(
+                f"A run takes epochs, accumulate, save_every and log_every of 1 or more, and evaluate_every of 0 or more, not {given}. To save or "
+                "log at the end only, give a number above that of all steps."
+            )
 
 
 def repeats(recipe: Recipe[Any]) -> int | None:

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from diptych.data.sources import AbstractSource
-from diptych.evaluation.attack import AttackReport
+from diptych.data.words import Span
+from diptych.evaluation.attack import AttackReport, Rewording, hits_of
 from diptych.evaluation.zeroshot import class_embeddings
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_texts, evaluation_view
@@ -95,9 +96,48 @@ def to_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
+@dataclass(frozen=True)
+class StruckCaption:
+    """One caption before and after.
+
+    Attributes:
+        caption: As it is.
+        place: Of the word that is replaced.
+        word: That replaces it.
+        fooled: Whether the caption found its image before, and does not afterwards.
+    """
+
+    caption: str
+    place: Span
+    word: str
+    fooled: bool
+
+
+def strike_captions(
+    report: AttackReport, rewording: Rewording, *, count: int = 8, seed: int = 0
+) -> list[StruckCaption]:
+    """Return captions that were understood before, half of them no more with the word and half still, as far as there are any.
+
+    Args:
+        report: Of the word alone, from `measure_words`.
+        rewording: What was measured.
+        count: At most.
+        seed: Of the choice.
+    """
+    was, still = (hits_of(part)["text_to_image/recall@1"].right > 0 for part in (report.clean, report.attacked))
+    changed = [row for row, place in enumerate(rewording.places) if place is not None and was[row]]
+    rows = half_and_half([not still[row] for row in changed], changed, count, seed)
+    return [
+        StruckCaption(rewording.captions[row], place, rewording.word.word, not still[row])
+        for row in rows
+        if (place := rewording.places[row]) is not None
+    ]
+
+
 def render_attack(
     reports: Sequence[tuple[str, AttackReport]],
     struck: Sequence[Struck],
+    captions: Sequence[StruckCaption] = (),
     *,
     title: str,
     lead: str,
@@ -108,6 +148,7 @@ def render_attack(
     Args:
         reports: Names of victim and data, and what was measured.
         struck: Pictures.
+        captions: Captions, where a word was put into them.
         title: One line.
         lead: A sentence or two.
         settings: Names and values.
@@ -121,6 +162,12 @@ def render_attack(
             "<h2>Pictures</h2><p class='soft'>As the model sees them: clean, changed, and the change itself, magnified around grey. Below, "
             "which of all texts is nearest. All were understood before.</p>"
             f'<div class="gallery">{"".join(map(_card, struck))}</div>'
+        )
+    if captions:
+        rows = "".join(map(_caption_row, captions))
+        body.append(
+            "<h2>Captions</h2><p class='soft'>The word stands in place of the one that matters most. All found their image before.</p>"
+            f"<table>{rows}</table>"
         )
     body.append(f"<h2>Settings</h2>{facts(settings)}")
     return page(title, "".join(body))
@@ -138,7 +185,7 @@ def _table(report: AttackReport) -> str:
         + "</tr>"
         for name in clean
     )
-    head = ("", "clean", "random noise", "attacked", "lost to noise", "lost to the attack")
+    head = ("", "clean", report.by_chance, "attacked", f"lost to {report.by_chance}", "lost to the attack")
     titles = "".join(f"<th>{name}</th>" for name in head)
     return f'<div style="overflow-x:auto"><table><tr>{titles}</tr>{rows}</table></div>'
 
@@ -152,8 +199,18 @@ def _card(one: Struck) -> str:
         f"<figure>{thumbnail(image, f'{one.name}, {what}', side=224)}</figure>"
         for image, what in ((one.clean, "clean"), (one.attacked, "changed"), (one.change, "the change"))
     )
-    tag = '<span class="tag miss">FOOLED</span>' if one.fooled else '<span class="tag hit">UNMOVED</span>'
     return (
         f'<div class="card"><div class="strip" style="grid-template-columns:repeat(3,1fr)">{shown}</div>'
-        f"{tag}<br>before: {words(one.before)}<br>after: {words(one.after)}</div>"
+        f"{_tag(one.fooled)}<br>before: {words(one.before)}<br>after: {words(one.after)}</div>"
     )
+
+
+def _caption_row(one: StruckCaption) -> str:
+    start, end = one.place
+    before, replaced, after = map(escape, (one.caption[:start], one.caption[start:end], one.caption[end:]))
+    shown = f"{before}<del>{replaced}</del> <strong>{escape(one.word)}</strong>{after}"
+    return f"<tr><td>{_tag(one.fooled)}</td><td>{shown}</td></tr>"
+
+
+def _tag(fooled: bool) -> str:
+    return '<span class="tag miss">FOOLED</span>' if fooled else '<span class="tag hit">UNMOVED</span>'

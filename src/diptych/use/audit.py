@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diptych.data.corruptions import SEVERITIES
-from diptych.evaluation.robustness import ALL_CORRUPTIONS, Audit, Picture, Row, signed
+from diptych.evaluation.robustness import ALL_CORRUPTIONS, Audit, Picture, Row, compare_audits, signed
 from diptych.types import Interval
 from diptych.use.page import difference_table, facts, page, thumbnail, words
 
@@ -42,8 +42,8 @@ def lead(audit: Audit) -> str:
     return "; ".join(said) + "."
 
 
-def audit_page(audit: Audit) -> str:
-    """Return the card as an HTML document."""
+def audit_page(audit: Audit, against: Audit | None = None) -> str:
+    """Return the card as an HTML document, beside another model's audit if one is given."""
     body = [f'<h1>What the model withstands</h1><p class="lead">{words(lead(audit))}</p>']
     for metric in audit.metrics:
         scores = [(row, row.scores[metric]) for row in audit.summary()]
@@ -51,6 +51,8 @@ def audit_page(audit: Audit) -> str:
         body.append(f"<h2>{escape(_TITLES[metric])}</h2><p class='soft'>{escape(_errors(audit, metric))}</p>")
         body.append(difference_table(rows))
         body.append(_severities(audit, metric))
+        if against is not None:
+            body += [f"<p>{words(_about(against))}</p>", difference_table(_beside(audit, against, metric))]
     if audit.pictures:
         body.append("<h2>What the model was shown</h2>" + "".join(map(_strip, audit.pictures)))
     if audit.notes:
@@ -59,8 +61,8 @@ def audit_page(audit: Audit) -> str:
     return page("What the model withstands", "".join(body))
 
 
-def audit_markdown(audit: Audit) -> str:
-    """Return the card as Markdown, without pictures."""
+def audit_markdown(audit: Audit, against: Audit | None = None) -> str:
+    """Return the card as Markdown, without pictures, beside another model's audit if one is given."""
     parts = ["# What the model withstands", lead(audit)]
     for metric in audit.metrics:
         rows = [
@@ -73,6 +75,11 @@ def audit_markdown(audit: Audit) -> str:
             lines = [f"| {kind} | {' | '.join(f'{value.value:.3f}' for value in values)} |" for kind, values in grid]
             numbers = " | ".join(map(str, SEVERITIES))
             parts.append("\n".join([f"| corruption, severity | {numbers} |", "|---" * 6 + "|", *lines]))
+        if against is not None:
+            beside = _beside(audit, against, metric)
+            rows = [f"| {name} | {value} | {signed(difference)} |" for name, value, difference in beside]
+            head = ["| images | value, 95 % interval | difference, 95 % interval |", "|---|---|---|"]
+            parts += [_about(against), "\n".join([*head, *rows])]
     if audit.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in audit.notes)]
     parts += ["## Settings", "\n".join(f"- {name}: {value}" for name, value in _settings(audit))]
@@ -81,6 +88,19 @@ def audit_markdown(audit: Audit) -> str:
 
 def _value(row: Row, metric: str) -> float:
     return row.scores[metric].value.value
+
+
+def _about(against: Audit) -> str:
+    return (
+        f"{against.settings['model'] or 'Another model'} on the same images, each attacked for itself, and by how much the model of this card "
+        "scores more, paired over the same items:"
+    )
+
+
+def _beside(audit: Audit, against: Audit, metric: str) -> list[tuple[str, Interval, Interval]]:
+    """Return for each change of the images what the other model scores, and by how much this one scores more."""
+    values = {row.name: row.scores[metric].value for row in against.summary()}
+    return [(name, values[name], difference) for name, difference in compare_audits(against, audit)[metric].items()]
 
 
 def _errors(audit: Audit, metric: str) -> str:

@@ -37,11 +37,13 @@ class Card:
         text: Words of the query, or a name for its image.
         image: Picture of the query, if it is an image.
         candidates: Answers.
+        right: Whether the card counts as a hit; None where its first candidate says so.
     """
 
     text: str
     image: Image.Image | None
     candidates: tuple[Candidate, ...]
+    right: bool | None = None
 
 
 def render(cards: Sequence[Card]) -> str:
@@ -50,14 +52,15 @@ def render(cards: Sequence[Card]) -> str:
 
 
 def _card(card: Card) -> str:
-    picture = thumbnail(card.image, card.text) if card.image is not None else ""
-    known = any(candidate.right is not None for candidate in card.candidates)
-    hit = bool(card.candidates) and bool(card.candidates[0].right)
+    picture = _picture(card.image, card.text)
+    known = card.right is not None or any(candidate.right is not None for candidate in card.candidates)
+    hit = card.right if card.right is not None else bool(card.candidates) and bool(card.candidates[0].right)
     tag = f'<span class="tag {"hit" if hit else "miss"}">{"HIT" if hit else "MISS"}</span>' if known else ""
     pictured = any(candidate.image is not None for candidate in card.candidates)
     answers = _strip(card.candidates) if pictured else _list(card.candidates)
+    look = "query wide" if _is_wide(card.image) else "query"
     return (
-        f'<div class="card"><div class="query">{picture}<span>{words(card.text)}<br>{tag}</span></div>{answers}</div>'
+        f'<div class="card"><div class="{look}">{picture}<span>{words(card.text)}<br>{tag}</span></div>{answers}</div>'
     )
 
 
@@ -71,11 +74,21 @@ def _list(candidates: Sequence[Candidate]) -> str:
 
 def _strip(candidates: Sequence[Candidate]) -> str:
     figures = (
-        f'<figure class="{"right" if c.right else ""}">{thumbnail(c.image, c.text) if c.image is not None else ""}'
+        f'<figure class="{"right" if c.right else ""}">{_picture(c.image, c.text)}'
         f"<figcaption>{c.score:.2f} {words(c.text)}</figcaption></figure>"
         for c in candidates
     )
-    return f'<div class="strip">{"".join(figures)}</div>'
+    look = "strip wide" if any(_is_wide(c.image) for c in candidates) else "strip"
+    return f'<div class="{look}">{"".join(figures)}</div>'
+
+
+def _picture(image: Image.Image | None, text: str) -> str:
+    return "" if image is None else thumbnail(image, text, side=240 if _is_wide(image) else 96)
+
+
+def _is_wide(image: Image.Image | None) -> bool:
+    """Return whether a picture is like a line of text, which cannot be read in a small square."""
+    return image is not None and image.width > 3 * image.height
 
 
 def retrieval_cards(

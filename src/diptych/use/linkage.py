@@ -1,5 +1,7 @@
 """Records linked by one vector each: what is nearest in another list, and what belongs together in one."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from diptych.data.images import decode
 from diptych.data.ocr import Reader
-from diptych.data.sources import AbstractSource, Listed
+from diptych.data.sources import AbstractSource
 from diptych.errors import ConfigError, ImageError, InputError
 from diptych.evaluation.linkage import (
     LinkScores,
@@ -23,11 +25,11 @@ from diptych.evaluation.linkage import (
     tune_threshold,
 )
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import ProgressBar, embed_source_images, embed_texts
+from diptych.models.embedding import ProgressBar, embed_source_images, embed_texts, no_progress
 from diptych.models.memory import Shown
 from diptych.models.neighbours import nearest
 from diptych.models.pooling import pool
-from diptych.types import Text
+from diptych.types import Sample, Text
 from diptych.use.gallery import Candidate, Card
 
 WEIGHTS = tuple(round(0.1 * step, 1) for step in range(11))
@@ -69,15 +71,45 @@ class Records:
         return found
 
 
-def read_missing_texts(source: AbstractSource, reader: Reader) -> Listed:
-    """Return the samples of a source; those without a text get the one that `reader` finds in their image, if it finds any."""
-    found = []
-    for sample in source:
-        if not sample.texts and sample.image is not None:
-            spoken = reader(decode(sample.image))
-            sample = replace(sample, texts=(Text(spoken),) if spoken else ())
-        found.append(sample)
-    return Listed(found, source.name)
+class WithReadTexts(AbstractSource):
+    """Another source, of whose samples some have a text that was read from their image.
+
+    Attributes:
+        source: The other one; its images stay where they are.
+        read: Text by row.
+    """
+
+    def __init__(self, source: AbstractSource, read: Mapping[int, str]) -> None:
+        self.source, self.read = source, dict(read)
+        self.name, self.notes = source.name, source.notes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(self.source[index], texts=self.texts(index))
+
+    def without_image(self, index: int) -> Sample:
+        """Return one sample without its image."""
+        return replace(self.source.without_image(index), texts=self.texts(index))
+
+    def texts(self, index: int) -> tuple[Text, ...]:
+        """Return the texts of one sample."""
+        return (Text(self.read[index]),) if index in self.read else self.source.texts(index)
+
+
+def read_missing_texts(source: AbstractSource, reader: Reader, *, progress: ProgressBar = no_progress) -> WithReadTexts:
+    """Return a source whose samples without a text have the one that `reader` finds in their image, if it can be read and says anything."""
+    read: dict[int, str] = {}
+    silent = [row for row in range(len(source)) if not source.texts(row)]
+    with progress("reading", len(silent)) as advance:
+        for row in silent:
+            with suppress(ImageError):
+                image = source[row].image
+                if image is not None and (spoken := reader(decode(image))):
+                    read[row] = spoken
+            advance(1)
+    return WithReadTexts(source, read)
 
 
 def embed_records(model: DualEncoder, source: AbstractSource, *, progress: ProgressBar | None = None) -> Records:
@@ -202,6 +234,21 @@ class Clustered:
     metrics: dict[str, float]
 
 
+_NO_THRESHOLD = (
+    "Clusters need a threshold, or a column `group` to choose it with. Set --threshold to a distance, such as 0.2."
+)
+
+
+def check_labelled(source: AbstractSource) -> None:
+    """Refuse a source that cannot choose a threshold of clusters, before anything is read or embedded.
+
+    Raises:
+        ConfigError: If nothing says which records are one entity.
+    """
+    if all(sample.group == sample.key for sample in map(source.without_image, range(len(source)))):
+        raise ConfigError(_NO_THRESHOLD)
+
+
 def cluster_records(
     records: Records, *, threshold: float | None = None, image_weight: float | None = None, seed: int = 0
 ) -> Clustered:
@@ -221,9 +268,7 @@ def cluster_records(
     """
     if records.groups is None:
         if threshold is None:
-            raise ConfigError(
-                "Clusters need a threshold, or a column `group` to choose it with. Set --threshold to a distance, such as 0.2."
-            )
+            raise ConfigError(_NO_THRESHOLD)
         weight = 0.5 if image_weight is None else image_weight
         return Clustered(cut(spanning_tree(records.pooled(weight)), threshold), threshold, weight, {})
     number = np.unique(np.array(records.groups), return_inverse=True)[1]
@@ -248,14 +293,25 @@ def link_cards(
     *,
     count: int = 60,
 ) -> list[Card]:
-    """Return cards of queries with their nearest candidates, the least sure links first: those whose score is next to the threshold."""
+    """Return cards of queries with their nearest candidates, the least sure links first: those whose score is next to the threshold.
+
+    A hit is rightly linked, or rightly linked to nothing.
+    """
     edge = linked.score[:, 0] - (0.0 if linked.threshold is None else linked.threshold)
     pool_of = np.arange(len(queries)) if linked.judged is None else linked.judged
     chosen = pool_of[np.argsort(np.abs(edge[pool_of]), kind="stable")[:count]].tolist()
 
+    known = queries.groups is not None and references.groups is not None
+    listed = set(references.groups or ())
+
     def right(query: int, row: int) -> bool | None:
-        known = queries.groups is not None and references.groups is not None
         return queries.groups[query] == references.groups[row] if known else None  # type: ignore[index]
+
+    def hit(query: int) -> bool | None:
+        """Return whether a query is rightly linked, or rightly to nothing."""
+        if not known or linked.kept[query]:
+            return right(query, int(linked.nearest[query, 0]))
+        return queries.groups[query] not in listed  # type: ignore[index]
 
     return [
         Card(
@@ -270,13 +326,14 @@ def link_cards(
                 )
                 for score, row in zip(linked.score[query], linked.nearest[query].tolist(), strict=True)
             ),
+            hit(query),
         )
         for query in chosen
     ]
 
 
 def cluster_cards(found: Clustered, records: Records, source: AbstractSource, *, count: int = 40) -> list[Card]:
-    """Return cards of the largest clusters: the first record, then up to ten others with their cosine to it."""
+    """Return cards of the largest clusters: the first record, then up to ten others with their cosine to it. A hit holds one entity only."""
     vectors, sizes = records.pooled(found.image_weight), np.bincount(found.cluster)
     cards = []
     for number in np.argsort(-sizes, kind="stable")[:count].tolist():
@@ -294,6 +351,7 @@ def cluster_cards(found: Clustered, records: Records, source: AbstractSource, *,
                     )
                     for row in others[:10]
                 ),
+                None if records.groups is None else len({records.groups[row] for row in (first, *others)}) == 1,
             )
         )
     return cards

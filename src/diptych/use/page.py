@@ -28,14 +28,16 @@ td.number { font-variant-numeric: tabular-nums; white-space: nowrap; } td.bar { 
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1rem; }
 .query { display: flex; gap: .8rem; align-items: center; font-weight: 600; margin-bottom: .6rem; overflow-wrap: anywhere; }
-.query img { width: 72px; height: 72px; } img { object-fit: contain; background: #fff; border-radius: 6px; }
+.query img { width: 72px; height: 72px; } .query.wide { flex-direction: column; align-items: flex-start; gap: .3rem; }
+.query.wide img { width: auto; height: auto; max-width: 100%; } img { object-fit: contain; background: #fff; border-radius: 6px; }
 ol { margin: 0; padding-left: 1.4rem; } li { overflow-wrap: anywhere; } li .score { color: var(--soft); font-size: .85rem; }
 li.right { color: var(--good); font-weight: 600; } .tag { font-size: .78rem; font-weight: 700; letter-spacing: .03em; }
 .tag.hit { color: var(--good); } .tag.miss { color: var(--bad); }
 .strip { display: grid; grid-template-columns: repeat(5, 1fr); gap: .5rem; } .strip figure { margin: 0; min-width: 0; }
 .strip img { width: 100%; aspect-ratio: 1; border: 2px solid transparent; }
+.strip.wide { grid-template-columns: repeat(2, 1fr); } .strip.wide img { aspect-ratio: 4; }
 .strip .right img { border-color: var(--good); } figcaption { font-size: .74rem; color: var(--soft); overflow-wrap: anywhere; line-height: 1.25; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+svg { width: 100%; height: auto; display: block; } td.bar svg { overflow: visible; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 @media (max-width: 560px) { .bar { display: none; } td.number small { display: block; } }
 """
 
@@ -90,15 +92,15 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def interval_table(rows: Iterable[tuple[str, Interval, float | None]]) -> str:
-    """Return a table of measured shares with their intervals drawn as bars from 0 to 1; the third value is the one at chance."""
+    """Return a table of measured shares with their intervals drawn as bars from 0 to 1; the third value is the one at chance, where known."""
+    rows = list(rows)
+    head = "<th>at chance</th>" if any(chance is not None for _, _, chance in rows) else ""
     cells = "".join(
         f'<tr><td>{escape(name)}</td><td class="number">{_number(value, "")}</td><td class="bar">{_bar(value)}</td>'
         f'<td class="number soft">{"" if chance is None else f"{chance:.3f}"}</td></tr>'
         for name, value, chance in rows
     )
-    return (
-        f"<table><tr><th></th><th>value, 95 % interval</th><th class='bar'></th><th>at chance</th></tr>{cells}</table>"
-    )
+    return f"<table><tr><th></th><th>value, 95 % interval</th><th class='bar'></th>{head}</tr>{cells}</table>"
 
 
 def _bar(value: Interval) -> str:
