@@ -275,6 +275,27 @@ def test_fingerprint_follows_the_texts(pairs):
     assert one == same != other
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"key": "other"},
+        {"texts": (Text("a dog", "synthetic"),)},
+        {"texts": (Text("a dog", "caption", "de"),)},
+        {"texts": (Text("a"), Text("dog"))},
+        {"group": "other"},
+        {"label": "dog"},
+        {"domain": "photo"},
+    ],
+)
+def test_fingerprint_follows_all_but_the_images(changed):
+    first, second = Sample("a", None, (Text("a dog"),), "a"), Sample("b", None, (), "b")
+    whole = Listed([first, second]).fingerprint
+    assert whole == Listed([replace(first, image=b"pixels"), second]).fingerprint
+    assert whole != Listed([replace(first, **changed), second]).fingerprint
+    moved = [replace(first, texts=()), replace(second, texts=first.texts)]  # a text that goes to its neighbour
+    assert whole != Listed(moved).fingerprint
+
+
 def test_describe(pairs):
     table = pa.table(
         {"image": ["r.png", "gone.png", None, "b.png"], "caption": [["x" * 200, "y"], ["dog"], [], ["unseen"]]}

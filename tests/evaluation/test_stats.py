@@ -35,6 +35,18 @@ def test_clusters_cover_the_truth_where_single_items_do_not():
     assert coverage() < 0.75
 
 
+@pytest.mark.parametrize("count", [1, 5, 400])
+def test_all_hits_are_not_certainty(count):
+    """The exact bound of Clopper and Pearson: the rate at which as many hits in a row still happen in 2.5 % of all cases."""
+    hits, misses = bootstrap(np.ones(count)), bootstrap(np.zeros(count))
+    assert (hits.value, hits.high, misses.value, misses.low) == (1.0, 1.0, 0.0, 0.0)
+    assert hits.low**count == pytest.approx(0.025) and misses.high == pytest.approx(1 - hits.low)
+    assert (
+        bootstrap(np.ones(2 * count), cluster=np.repeat(range(count), 2)) == hits
+    )  # a cluster is one piece of evidence
+    assert bootstrap(np.full(count, 0.5)) == Interval(0.5, 0.5, 0.5)
+
+
 def test_cluster_ids_may_be_any_numbers_in_any_order():
     scores = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
     assert bootstrap(scores, cluster=[70, 7, 7, 70, 9, 9]) == bootstrap(scores, cluster=[2, 0, 0, 2, 1, 1])
@@ -51,7 +63,9 @@ def test_memory_chunks_do_not_change_the_interval(monkeypatch):
 def test_strata_weigh_alike_and_stay_within_the_range_of_the_scores():
     found = bootstrap_strata([1.0] * 8 + [0.0, 1.0], [0] * 8 + [1, 1])
     assert found == Interval(0.75, 0.5, 1.0)  # the second stratum's mean is 0, 1/2 or 1
-    assert bootstrap_strata([1.0] * 9, [0] * 8 + [1]) == Interval(1.0, 1.0, 1.0)
+    assert bootstrap_strata([1.0] * 9, [0] * 8 + [1]) == Interval(
+        1.0, 0.025**0.5, 1.0
+    )  # twice the one item of the smallest
 
 
 def test_one_stratum_is_the_plain_bootstrap():

@@ -182,3 +182,11 @@ def test_blending_two_models_by_hand(share):
     blend(first, second, share)
     torch.testing.assert_close(first.weight.detach(), expected)
     assert torch.equal(second.weight, theirs)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr": -1.0}, {"warmup_rate": 3.0}, {"ema_decay": 2.0}, {"betas": (0.9, 1.5)}, {"epsilon": -1e-8}]
+)
+def test_settings_that_cannot_work(changes):
+    with pytest.raises(ConfigError, match="optimizer needs lr, epsilon and weight_decay >= 0"):
+        OptimizerConfig(**changes)

@@ -45,6 +45,27 @@ def test_held_out_samples_follow_the_seed_and_keep_their_order():
     assert (training.name, held.name) == ("words (training part)", "words (held-out part)")
 
 
+def grouped(*sizes: int) -> Listed:
+    groups = [f"g{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    return Listed([Sample(f"s{i}", None, (Text("a"),), group) for i, group in enumerate(groups)], "groups")
+
+
+@pytest.mark.parametrize("sizes", [(4,) * 10, (1, 2, 3, 4, 5, 6, 7, 8), (30, 1, 1), (8, 8)])
+def test_a_group_stays_on_one_side(sizes):
+    source = grouped(*sizes)
+    for seed in range(20):
+        training, held = hold_out(source, 0.2, seed=seed)
+        sides = [{sample.group for sample in side} for side in (training, held)]
+        assert sides[0].isdisjoint(sides[1]) and all(sides)
+        assert len(training) + len(held) == len(source)
+        assert len(held) <= max(0.2 * len(source) + 0.5, min(sizes))
+
+
+def test_one_group_cannot_be_held_out():
+    with pytest.raises(DataError, match=r"All 4 samples of groups are of one group.*--evaluate-on"):
+        hold_out(grouped(4), 0.5, seed=0)
+
+
 def test_one_sample_cannot_be_held_out():
     with pytest.raises(DataError, match=r"words has 1 samples.*at least one each"):
         hold_out(written("a"), 0.5, seed=0)

@@ -45,7 +45,7 @@ def markdown(result: Result) -> str:
     comparison = compare(result)
     head = ("arm", result.metric, "difference to the method")
     rows = [
-        (name, _signed(value, ""), "" if difference is None else _signed(difference, "+"))
+        (name, str(value), "" if difference is None else difference.signed())
         for name, value, difference in comparison.rows
     ]
     return f"**{comparison.title}.** {comparison.lead}\n\n{markdown_table(head, rows)}"
@@ -70,7 +70,3 @@ def marks(name: str) -> tuple[str, str]:
     """Return the comments between which the comparisons of a method stand, or those of `all`."""
     start = f"<!-- arms of {name}: written by `diptych reproduce` from results/, not by hand -->"
     return start, f"<!-- end of the arms of {name} -->"
-
-
-def _signed(value: Interval, sign: str) -> str:
-    return f"{value.value:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"

@@ -183,7 +183,7 @@ def _row(result: Result, folder: Path) -> list[str]:
         mean("baseline"),
         mean("method"),
         f"{mean('control')} ({'as' if result.control_check.passed else 'not as'} expected)",
-        f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]",
+        difference.signed(),
         f"[{result.verdict}]({plot})" if (folder / f"{result.slug}.png").exists() else result.verdict,
         f"{result.minutes:.1f}",
         f"`{result.command}`",

@@ -1,7 +1,6 @@
 """`evaluate`: what a model can do, with intervals."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from diptych.data.bundles import prompts_of
 from diptych.data.sources import Columns, open_source
 from diptych.errors import ConfigError
 from diptych.evaluation.languages import evaluate_languages
-from diptych.evaluation.robustness import Audit, RobustnessConfig, audit, compare_audits, signed
+from diptych.evaluation.robustness import Audit, RobustnessConfig, audit, compare_audits
 from diptych.evaluation.run import Evaluation, Task, compare, evaluate_model
 from diptych.files import write_text
 from diptych.models.memory import remembered
@@ -151,7 +150,7 @@ def _show_audit(found: Audit, against: Audit | None, card: Path | None) -> dict[
 
 
 def _plain(differences: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
-    return {name: asdict(value) for name, value in differences.items()}
+    return {name: value.to_json() for name, value in differences.items()}
 
 
 def _show_differences(differences: Mapping[str, Interval], title: str) -> None:
@@ -159,7 +158,7 @@ def _show_differences(differences: Mapping[str, Interval], title: str) -> None:
     say(title)
     for name, value in differences.items():
         verdict = "differs" if value.low > 0 or value.high < 0 else "no difference shown"
-        say(f"  {name:32} {signed(value)}  {verdict}")
+        say(f"  {name:32} {value.signed()}  {verdict}")
 
 
 def print_metrics(evaluation: Evaluation) -> None:

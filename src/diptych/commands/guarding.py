@@ -60,7 +60,7 @@ def look(guard: Guard, model: DualEncoder) -> dict[str, float]:
     if change.high < 0:
         say(
             f"WARNING: the model is losing what it knew: {guard.before.metric} on {guard.probe.name} is {now:.3f}, and was "
-            f"{guard.before.items.mean():.3f} before training ({change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}])."
+            f"{guard.before.items.mean():.3f} before training ({change.signed()})."
         )
     return {f"guard/{guard.probe.name}": now}
 

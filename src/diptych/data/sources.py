@@ -4,6 +4,7 @@ import bisect
 import glob
 import hashlib
 import itertools
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,10 +71,12 @@ class AbstractSource(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Return a hash of length and texts, for the run's record of its data."""
+        """Return a hash of the name and of all samples but their images: keys, texts, groups, labels, domains; and of chances."""
         digest = hashlib.blake2b(f"{self.name}:{len(self)}".encode(), digest_size=8)
         for index in range(len(self)):
-            digest.update("\x1f".join(text.text for text in self.texts(index)).encode())
+            sample = self.without_image(index)
+            texts = [(text.text, text.role, text.language) for text in sample.texts]
+            digest.update(json.dumps([sample.key, texts, sample.group, sample.label, sample.domain]).encode())
         if self.chances is not None:
             digest.update(self.chances.tobytes())
         return digest.hexdigest()

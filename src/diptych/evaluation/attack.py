@@ -322,4 +322,4 @@ def hits_of(evaluation: Evaluation) -> dict[str, Hits]:
 
 
 def _plain(values: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
-    return {name: {"value": v.value, "low": v.low, "high": v.high} for name, v in values.items()}
+    return {name: value.to_json() for name, value in values.items()}

@@ -138,7 +138,7 @@ class Curve:
                 f"On {self.probe} the model was no better than guessing before training ({start:.3f}), so it cannot show what was lost: name "
                 "samples of a kind that the model knows with --guard."
             )
-        seen = f"{self.metrics[0]} on {self.probe} went from {start:.3f} to {tuned:.3f} ({_signed(self.lost)})"
+        seen = f"{self.metrics[0]} on {self.probe} went from {start:.3f} to {tuned:.3f} ({self.lost.signed()})"
         if not self.fallen:
             return f"{seen}, which shows no loss of what the model knew: take it as it is."
         if self.best == 1:
@@ -152,8 +152,8 @@ class Curve:
                 "train for longer, on more samples, or with a lower optimizer.lr."
             )
         return (
-            f"{seen}; with {self.best:.0%} of the tuned weights and the rest from the start, the probe changes by {_signed(self.probe_change)} "
-            f"and the task by {_signed(self.task_change)}: take that mix if the first is worth the second to you."
+            f"{seen}; with {self.best:.0%} of the tuned weights and the rest from the start, the probe changes by {self.probe_change.signed()} "
+            f"and the task by {self.task_change.signed()}: take that mix if the first is worth the second to you."
         )
 
     def save(self, path: Path) -> None:
@@ -327,10 +327,6 @@ def _retrieved(found: Evaluation) -> Items:
 
 def _chance(found: Evaluation) -> float:
     return (found.chance("image_to_text/recall@1") + found.chance("text_to_image/recall@1")) / 2
-
-
-def _signed(change: Interval) -> str:
-    return f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
 
 
 def _arms(values: Sequence[Interval]) -> list[list[float]]:

@@ -59,14 +59,14 @@ class LanguageTable:
     def to_json(self) -> dict[str, Any]:
         """Return the numbers for a file."""
         return {
-            "mean": _numbers(self.mean),
+            "mean": self.mean.to_json(),
             "lowest": self.lowest,
             "languages": {
                 language: {
-                    "mean_recall": _numbers(self.mean_recall[language]),
+                    "mean_recall": self.mean_recall[language].to_json(),
                     "chance": self.chance[language],
                     **{
-                        name: {f"recall@{k}": _numbers(value) for k, value in direction.recall.items()}
+                        name: {f"recall@{k}": value.to_json() for k, value in direction.recall.items()}
                         for name, direction in zip(("image_to_text", "text_to_image"), _directions(found), strict=True)
                     },
                 }
@@ -212,7 +212,3 @@ def _same(texts: Sequence[str]) -> torch.Tensor:
     """Return one number per text, equal for texts that differ in case and white space only."""
     place: dict[str, int] = {}
     return torch.tensor([place.setdefault(folded(text), len(place)) for text in texts])
-
-
-def _numbers(interval: Interval) -> dict[str, float]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high}

@@ -200,10 +200,10 @@ class Audit:
             yield f"{metric}, {self.chance[metric]:.3f} at chance:"
             for row in self.summary():
                 score = row.scores[metric]
-                yield f"  {row.name:32} {score.value}" + (f"  {signed(score.change)}" if row.family != "clean" else "")
+                yield f"  {row.name:32} {score.value}" + (f"  {score.change.signed()}" if row.family != "clean" else "")
             error, relative = self.corruption_error(metric), self.relative_corruption_error(metric)
             if error is not None and relative is not None:
-                yield f"  mean corruption error {error}, {signed(relative)} beside clean images"
+                yield f"  mean corruption error {error}, {relative.signed()} beside clean images"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the pictures as plain JSON values."""
@@ -439,11 +439,6 @@ def _mean(several: Sequence[Mapping[str, Hits]]) -> dict[str, Hits]:
         metric: replace(first, right=np.mean([hits[metric].right for hits in several], 0))
         for metric, first in several[0].items()
     }
-
-
-def signed(change: Interval) -> str:
-    """Return a difference with its interval and signs."""
-    return f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
 
 
 def _pictures(pixels: Pixels) -> list[UInt8[np.ndarray, "h w 3"]]:

@@ -60,14 +60,14 @@ class Evaluation:
         if self.zeroshot is not None:
             found = self.zeroshot
             result["zeroshot"] = {
-                "top1": _interval_json(found.top1),
-                **({"top5": _interval_json(found.top5)} if found.top5 else {}),
-                "mean_per_class": _interval_json(found.mean_per_class),
-                "by_domain": {name: _interval_json(value) for name, value in found.by_domain.items()},
+                "top1": found.top1.to_json(),
+                **({"top5": found.top5.to_json()} if found.top5 else {}),
+                "mean_per_class": found.mean_per_class.to_json(),
+                "by_domain": {name: value.to_json() for name, value in found.by_domain.items()},
             }
         for name, probe in (("linear_probe", self.linear_probe), ("nearest_neighbours", self.nearest_neighbours)):
             if probe is not None:
-                result[name] = {"accuracy": _interval_json(probe.accuracy), "setting": probe.setting}
+                result[name] = {"accuracy": probe.accuracy.to_json(), "setting": probe.setting}
         chance = {name: self.chance(name) for name in self.headline()}
         record = {"seconds": self.seconds, "settings": self.settings, "chance": chance, "notes": self.notes}
         return result | to_json(record)  # type: ignore[no-any-return]
@@ -328,8 +328,4 @@ def _directions(found: Retrieval) -> tuple[tuple[str, Direction], tuple[str, Dir
 
 
 def _direction_json(direction: Direction) -> dict[str, Any]:
-    return {f"recall@{k}": _interval_json(value) for k, value in direction.recall.items()}
-
-
-def _interval_json(interval: Interval) -> dict[str, float]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {f"recall@{k}": value.to_json() for k, value in direction.recall.items()}

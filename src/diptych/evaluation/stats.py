@@ -1,6 +1,7 @@
 """Intervals. Items that belong together (captions of one image) are resampled together."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -26,14 +27,20 @@ def bootstrap(
         seed: Of the 2,000 resamples.
 
     Returns:
-        The interval; of width 0 when all clusters score alike.
+        The interval. Where all scores are 0 or all are 1, resampling shows no spread; there the other bound is the exact one of as many hits or
+        misses as there are clusters: 5 of 5 are at least 0.478. Of width 0 where all clusters score alike at some other value.
 
     Raises:
         EvaluationError: If there are no items, a score is not finite, or there is not one cluster id per score.
 
-    Source: Efron and Tibshirani 1993, chapter 13 (percentile), chapter 8.4 (clusters).
+    Source: Efron and Tibshirani 1993, chapter 13 (percentile), chapter 8.4 (clusters); Clopper and Pearson 1934 (0 and 1).
     """
     values = _finite(scores)
+    found = _resampled(values, cluster, seed)
+    return _at_the_edge(found, values, values.size if cluster is None else np.unique(np.asarray(cluster)).size)
+
+
+def _resampled(values: Float[np.ndarray, " n"], cluster: Sequence[int] | np.ndarray | None, seed: int) -> Interval:
     ids = np.arange(values.size) if cluster is None else _ids(cluster, values)
     sums, sizes = np.bincount(ids, values), np.bincount(ids).astype(np.float64)
     rng, count = np.random.default_rng(seed), sums.size
@@ -50,7 +57,8 @@ def bootstrap_strata(
     """Return the mean over strata of their mean score, with its 95 % percentile bootstrap interval.
 
     Items are resampled within their stratum, so its size never changes: with classes as strata this is the interval of the mean
-    accuracy per class. A stratum of one item adds nothing to the width.
+    accuracy per class. A stratum of one item adds nothing to the width. Where all scores are 0 or all are 1, the other bound is the exact one of
+    as many items as the smallest stratum has, times the strata.
 
     Args:
         scores: One number per item.
@@ -70,7 +78,8 @@ def bootstrap_strata(
         for start in range(0, RESAMPLES, step := max(1, _CHUNK // part.size)):
             rows = min(step, RESAMPLES - start)
             total[start : start + rows] += part[rng.integers(part.size, size=(rows, part.size))].mean(1)
-    return _percentiles(float(np.mean([part.mean() for part in parts])), total / len(parts))
+    found = _percentiles(float(np.mean([part.mean() for part in parts])), total / len(parts))
+    return _at_the_edge(found, values, len(parts) * min(part.size for part in parts))
 
 
 def bootstrap_means(
@@ -112,7 +121,15 @@ def paired_difference(
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape:
         raise EvaluationError(f"A paired comparison needs the same items; there are {first.size} and {second.size}.")
-    return bootstrap(second - first, cluster=cluster, seed=seed)
+    return _resampled(_finite(second - first), cluster, seed)
+
+
+def _at_the_edge(found: Interval, values: Float[np.ndarray, " n"], count: int) -> Interval:
+    """Return the interval; with the exact bound of `count` hits or misses in a row where the scores show nothing else, and so no spread."""
+    if values.min() != values.max() or values[0] not in (0, 1):
+        return found
+    bound = 0.025 ** (1 / count)
+    return replace(found, low=bound) if values[0] else replace(found, high=1 - bound)
 
 
 def _finite(scores: Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:

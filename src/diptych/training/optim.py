@@ -37,6 +37,11 @@ class OptimizerConfig:
     mean_every: int | None = None
 
     def __post_init__(self) -> None:
+        shares = (self.warmup_rate, *self.betas, *(() if self.ema_decay is None else (self.ema_decay,)))
+        if self.lr < 0 or self.epsilon < 0 or self.weight_decay < 0 or not all(0 <= share <= 1 for share in shares):
+            raise ConfigError(
+                f"The optimizer needs lr, epsilon and weight_decay >= 0, and warmup_rate, betas and ema_decay from 0 to 1; it has {self}."
+            )
         if self.mean_every is not None and (self.ema_decay is not None or self.mean_every < 1):
             raise ConfigError(
                 f"optimizer.mean_every is a number of steps, 1 or more, and takes the place of ema_decay; they are {self.mean_every} and "

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from diptych.data.loader import Loader
+from diptych.data.order import rows_by_group
 from diptych.data.sources import AbstractSource, Subset
 from diptych.data.tokenizer import Tokenizer
 from diptych.errors import ConfigError, DataError
@@ -25,19 +26,33 @@ from diptych.training.recipe import ModelConfig, Recipe, repeats
 def hold_out(source: AbstractSource, share: float, seed: int) -> tuple[AbstractSource, AbstractSource]:
     """Return training and held-out samples: `share` of the samples, drawn with `seed`, at least one on each side.
 
+    Samples of one group, such as captions of one image in a table, stay on one side. A group that is larger than what is left to hold out is
+    passed over; where all are, the smallest is held out.
+
     Raises:
-        DataError: If there are fewer than two samples.
+        DataError: If there are fewer than two samples, or all are of one group.
     """
     if not 0 < share < 1:
         raise ConfigError(f"held_out is a share between 0 and 1, not {share}.")
     if len(source) < 2:
         raise DataError(f"{source.name} has {len(source)} samples; training and evaluation need at least one each.")
-    order = np.random.default_rng([seed, len(source)]).permutation(len(source))
-    count = min(max(1, round(share * len(source))), len(source) - 1)
-    held, kept = np.sort(order[:count]), np.sort(order[count:])
+    place = np.random.default_rng([seed, len(source)]).permutation(len(source)).argsort()
+    groups = sorted(rows_by_group(source).values(), key=lambda rows: place[rows].min())
+    if len(groups) == 1:
+        raise DataError(
+            f"All {len(source)} samples of {source.name} are of one group, which stays on one side. Name other samples with --evaluate-on, "
+            "or leave out the column that holds the groups."
+        )
+    left, held = min(max(1, round(share * len(source))), len(source) - 1), set[int]()
+    for rows in groups:
+        if len(rows) <= left - len(held):
+            held |= set(rows)
+    if not held:
+        held |= set(sorted(groups, key=len)[0])
+    kept = sorted(set(range(len(source))) - held)
     return (
-        Subset(source, kept.tolist(), f"{source.name} (training part)"),
-        Subset(source, held.tolist(), f"{source.name} (held-out part)"),
+        Subset(source, kept, f"{source.name} (training part)"),
+        Subset(source, sorted(held), f"{source.name} (held-out part)"),
     )
 
 

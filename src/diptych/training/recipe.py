@@ -57,7 +57,8 @@ class Recipe(Generic[C]):
             all of them, as one large batch would, for the memory of one batch and the time of one more forward pass.
         sharding: `full` cuts the towers that train over the processes: each holds its part of weights, gradients, moments and average, and writes
             its part of the checkpoint. `none` keeps all in every process. The result is the same.
-        held_out: Share of the samples kept out of training for evaluation when the source has no split of its own.
+        held_out: Share of the samples kept out of training for evaluation when the source has no split of its own; samples of one group stay
+            together.
         evaluate_every: Epochs between evaluations on held-out samples; the last epoch is always evaluated. 0 for the last only.
         save_every: Steps between checkpoints; the last step is always saved.
         log_every: Steps between log rows.

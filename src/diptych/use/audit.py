@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diptych.data.corruptions import SEVERITIES
-from diptych.evaluation.robustness import ALL_CORRUPTIONS, Audit, Picture, Row, compare_audits, signed
+from diptych.evaluation.robustness import ALL_CORRUPTIONS, Audit, Picture, Row, compare_audits
 from diptych.types import Interval
 from diptych.use.page import difference_table, facts, page, thumbnail, words
 
@@ -66,7 +66,7 @@ def audit_markdown(audit: Audit, against: Audit | None = None) -> str:
     parts = ["# What the model withstands", lead(audit)]
     for metric in audit.metrics:
         rows = [
-            f"| {row.name} | {row.scores[metric].value} | {'' if row.family == 'clean' else signed(row.scores[metric].change)} |"
+            f"| {row.name} | {row.scores[metric].value} | {'' if row.family == 'clean' else row.scores[metric].change.signed()} |"
             for row in audit.summary()
         ]
         head = ["| images | value, 95 % interval | minus clean, 95 % interval |", "|---|---|---|"]
@@ -77,7 +77,7 @@ def audit_markdown(audit: Audit, against: Audit | None = None) -> str:
             parts.append("\n".join([f"| corruption, severity | {numbers} |", "|---" * 6 + "|", *lines]))
         if against is not None:
             beside = _beside(audit, against, metric)
-            rows = [f"| {name} | {value} | {signed(difference)} |" for name, value, difference in beside]
+            rows = [f"| {name} | {value} | {difference.signed()} |" for name, value, difference in beside]
             head = ["| images | value, 95 % interval | difference, 95 % interval |", "|---|---|---|"]
             parts += [_about(against), "\n".join([*head, *rows])]
     if audit.notes:
@@ -108,7 +108,7 @@ def _errors(audit: Audit, metric: str) -> str:
     said = f"At chance {audit.chance[metric]:.3f}."
     if mean is None or relative is None:
         return said
-    return f"{said} Mean corruption error {mean}; beside clean images {signed(relative)}."
+    return f"{said} Mean corruption error {mean}; beside clean images {relative.signed()}."
 
 
 def _grid(audit: Audit, metric: str) -> Iterator[tuple[str, list[Interval]]]:
