@@ -1,6 +1,7 @@
 """`diptych adapt`, on drawings and a tiny model."""
 
 import csv
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageOps
@@ -43,6 +44,19 @@ def test_what_was_learnt_is_saved_and_measured(table, saved_model, tmp_path, cap
     assert "Learning from 38 samples" in said and "10 samples that were not learnt on" in said
     found = ip_clip.read_predictor(tmp_path / "fence", load(saved_model))
     assert found.classes == ("circle", "square") and found.projector.config == SMALL
+
+
+def test_what_cannot_be_read_is_left_out_as_evaluate_leaves_it_out(table, saved_model, tmp_path, capsys):
+    for name in ("s2.png", "night-s3.png"):
+        Path(table).with_name(name).write_bytes(b"no image")
+    where = {"model": saved_model, "columns": COLUMNS}
+    with pytest.warns(UserWarning, match="1 images could not be read and were left out"):
+        report = commands.adapt(table, settings=SMALL, out=tmp_path / "fence", evaluate_on=table, **where)
+    said = capsys.readouterr().err
+    assert "46 samples that were not learnt on" in said and "  2 images could not be read" in said
+    evaluated = commands.evaluate(table, tasks=("zeroshot",), precision="fp32", **where)
+    assert report.metrics["zero-shot"].value == evaluated.zeroshot.top1.value
+    assert report.notes == evaluated.notes
 
 
 def test_from_the_command_line_with_the_settings_of_the_method(table, saved_model, tmp_path, capsys):

@@ -225,6 +225,21 @@ def test_evaluate_against_another_model(place, tmp_path, capsys):
     assert f"{models['model']} minus {models['against']}, paired over the same items:" in err
 
 
+def test_every_number_is_said_beside_chance_and_compared(place, saved_model, tmp_path, drawings, capsys):
+    samples = list(drawings(12))
+    write_photos(tmp_path / "labelled", samples)
+    rows = [f"s{i}.png,{s.texts[0].text.split()[1]},{'ab'[i % 2]}" for i, s in enumerate(samples)]
+    (tmp_path / "labelled" / "list.csv").write_text("\n".join(["image,label,domain", *rows]) + "\n")
+    columns = Columns(image="image", label="label", domain="domain", texts=())
+    models = {"model": str(place.run.folder), "against": saved_model}
+    found = commands.evaluate(str(tmp_path / "labelled" / "list.csv"), columns=columns, json_out="-", **models)
+    out, err = capsys.readouterr()
+    for name, chance in (("top1", 1), ("top5", 5), ("mean_per_class", 1), ("top1/a", 1), ("top1/b", 1)):
+        value = (found.headline() | found.details())[f"zeroshot/{name}"]
+        assert f"  zeroshot/{name:23} {value}  by guessing {chance / 6:.3f}\n" in err
+        assert f"zeroshot/{name}" in json.loads(out)["difference"]
+
+
 def test_a_model_against_itself_shows_no_difference(place, capsys):
     commands.evaluate(str(place.photos), model=str(place.run.folder), against=str(place.run.folder))
     assert capsys.readouterr().err.count("+0.000 [+0.000, +0.000]  no difference shown") == 6

@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import subprocess
 import sys
 import time
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -91,6 +93,38 @@ def test_a_process_that_is_killed(reproduce, tmp_path):
         reproduce(2, killed)
     kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {row["split"] for row in kept} == {"validation", "test"}
+
+
+RUNNER = """
+import importlib, sys
+from pathlib import Path
+from rich.console import Console
+from diptych.claims.reproduce import reproduce_method
+
+if __name__ == "__main__":
+    log = Path(sys.argv[1]) / "log.jsonl"
+    reproduce_method("fake", importlib.import_module, log=log, command="", versions={}, console=Console(quiet=True), processes=2)
+"""
+
+
+def test_processes_end_with_the_one_that_asks(fake, tmp_path):
+    fake(
+        (
+            "        return GAIN",
+            "        import os, time\n        (CALLS.parent / f'{os.getpid()}.pid').touch()\n        time.sleep(600)",
+        )
+    )
+    (tmp_path / "runner.py").write_text(RUNNER)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "runner.py"), str(tmp_path)])
+    deadline = time.monotonic() + 120
+    while len(pids := [int(path.stem) for path in tmp_path.glob("*.pid")]) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_no_process_at_all(reproduce):

@@ -68,6 +68,74 @@ def test_batches_that_cut_runs_and_sources_without_groups_are_refused(grouped, m
         per_group(grouped(2), 1)
 
 
+@pytest.mark.parametrize("count", [0, -3])
+def test_fewer_than_one_of_a_group_is_refused(count):
+    with pytest.raises(ConfigError, match=rf"data\.per_group is 1, for a plain shuffle, or more; it is {count}\."):
+        LoaderConfig(per_group=count)
+
+
+def mined(source: Listed, *, neighbours: int = 2, count: int = 3):
+    turns = torch.tensor([float(sample.group[1:]) for sample in source])
+    embeddings = torch.stack([(turns / 10).cos(), (turns / 10).sin()], 1)
+    return hard_negatives(source, embeddings, neighbours=neighbours, count=count)
+
+
+def test_batches_hold_whole_runs_of_neighbours(grouped, make_model):
+    model = make_model()
+
+    def load(source, size, **options):
+        return Loader(source, model.image_policy, model.tokenizer, LoaderConfig(batch_size=size), **options)
+
+    source = mined(grouped(3, 3, 3, 3))
+    for wrap in (lambda one: one, Prompted, lambda one: ShuffledTexts(one, 0.5), lambda one: WithTexts(one, [()] * 12)):
+        with pytest.raises(ConfigError, match=r"Batches of 8 cut through runs of 6.*to 6\."):
+            load(wrap(source), 8)
+    loader = load(source, 12)
+    runs = [list(request.indices) for _, request in zip(range(2), loader.requests(), strict=False)]
+    for run in np.reshape(runs, (-1, 6)).tolist():
+        assert len({source[row].group for row in run}) == 2
+
+    # A source of 24 rows per epoch is shared by three processes: 8 each, of which a run of 6 is taken.
+    parts = [load(source, 12, part=(part, 3)) for part in range(3)]
+    assert {(part.batch_size, part.batches_per_epoch) for part in parts} == {(6, 1)}
+    for part in parts:
+        assert len({source[row].group for row in next(part.requests()).indices}) == 2
+    with pytest.raises(DataError, match="24 samples per epoch; training needs at least 30, a run of 6 per process"):
+        load(source, 12, part=(0, 5))
+
+
+def test_a_small_source_is_cut_between_runs(grouped, make_model):
+    source, model = grouped(2, 2, 2, 2, 2), make_model()
+    config = LoaderConfig(batch_size=128, per_group=2)
+    loader = Loader(source, model.image_policy, model.tokenizer, config, part=(1, 2))
+    assert loader.batch_size == 4  # of 5 for each of two processes
+    rows = next(loader.requests()).indices
+    assert all(source[a].group == source[b].group for a, b in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_an_order_is_not_ordered_again(grouped, make_model):
+    source, model = mined(grouped(3, 3, 3)), make_model()
+    config = LoaderConfig(batch_size=6, per_group=2)
+    with pytest.raises(DataError, match=r"has an order of its own already.*leave data\.per_group at 1"):
+        Loader(source, model.image_policy, model.tokenizer, config)
+
+
+def test_a_part_that_takes_neighbours_apart_says_so(grouped):
+    whole = grouped(3, 3, 3, 3)
+    rows = {name: [row for row in range(12) if whole[row].group == name] for name in ("g0", "g1", "g2", "g3")}
+    first_groups = [*rows["g0"], *rows["g1"]]
+    pairs = per_group(whole, 3)
+    assert (Subset(pairs, first_groups, "part").run_length, Subset(pairs, first_groups, "part").notes) == (3, ())
+    neighbours = mined(whole)
+    assert Subset(neighbours, range(12), "all").run_length == 6
+    for source, taken in ((pairs, first_groups[:4]), (neighbours, rows["g0"]), (neighbours, [*range(12), 0])):
+        part = Subset(source, taken, "part")
+        assert part.run_length == 1
+        assert part.notes[-1].startswith(
+            f"part takes some of {source.run_length} samples of listed that belong together"
+        )
+
+
 @pytest.mark.data
 def test_official_neighbours(data):
     with np.load(data.parent / "golden" / "clippings.npz") as golden:

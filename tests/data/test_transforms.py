@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from diptych.data.transforms import Augment, ImagePolicy, augment, preprocess, random_box, uncut
-from diptych.errors import ImageError
+from diptych.errors import ConfigError, ImageError
 
 SIZES = [(37, 53), (53, 37), (31, 31), (224, 101), (7, 200), (64, 64), (1, 1), (2, 1)]
 
@@ -219,3 +220,43 @@ def test_uncut_keeps_all_of_an_image(size):
 def test_uncut_refuses_a_thread():
     with pytest.raises(ImageError, match="becomes 64 x 640000000; at most"):
         uncut(Image.new("RGB", (1, 10_000_000)), ImagePolicy(64))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "needed"),
+    [
+        ("size", 0, "a side of 1 pixel or more"),
+        ("size", -64, "a side of 1 pixel or more"),
+        ("crop_fraction", 0.0, "a share above 0 and at most 1"),
+        ("crop_fraction", 87.5, "a share above 0 and at most 1"),
+        ("std", (0.2, 0.0, 0.2), "numbers above 0"),
+        ("background", (0, 0, 256), "levels from 0 to 255"),
+    ],
+)
+def test_policies_that_cannot_work_are_refused(field, value, needed):
+    with pytest.raises(ConfigError, match=rf"ImagePolicy\.{field} is to be {needed}, not {re.escape(str(value))}"):
+        ImagePolicy(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "needed"),
+    [
+        *(("crop_scale", value, "two shares above 0.*smaller first") for value in ((0.5, 1.5), (1.0, 0.5), (0.0, 1.0))),
+        *(("crop_ratio", value, "two numbers above 0.*smaller first") for value in ((0.0, 1.0), (1.5, 0.75))),
+        *((name, value, "from 0 to 1") for name in ("flip_rate", "jitter_rate", "gray_rate") for value in (-0.1, 1.1)),
+        *(("blur_rate", value, "from 0 to 1") for value in (-0.1, 50, math.nan)),
+        ("jitter", 1.5, "from 0 to 1"),
+        ("hue", 0.6, r"from 0 to 0\.5"),
+        *(("blur_sigma", value, "two numbers of 0 or more") for value in ((-1.0, 1.0), (2.0, 1.0))),
+        ("size", 0, "a side of 1 pixel or more, or None"),
+    ],
+)
+def test_changes_that_cannot_work_are_refused(field, value, needed):
+    with pytest.raises(ConfigError, match=rf"Augment\.{field} is to be {needed}.*not {re.escape(str(value))}"):
+        Augment(**{field: value})
+
+
+def test_the_ends_of_every_range_are_allowed():
+    ImagePolicy(size=1, crop_fraction=1.0, background=(0, 255, 0))
+    rates = dict.fromkeys(("flip_rate", "jitter", "jitter_rate", "gray_rate", "blur_rate"), 1.0)
+    Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hue=0.5, blur_sigma=(0.0, 0.0), size=1, **rates)

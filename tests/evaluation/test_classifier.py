@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from diptych.data.sources import Listed
-from diptych.errors import DataError
+from diptych.errors import DataError, ImageError
 from diptych.evaluation.classifier import Classifier, measure_classifier
+from diptych.evaluation.run import evaluate_model
 from diptych.evaluation.zeroshot import class_embeddings, read_prompts
 from diptych.models.embedding import embed_images, embed_texts
 
@@ -57,6 +58,23 @@ def test_both_are_measured_on_the_same_images(make_model, pictures, monkeypatch)
             "learnt minus zero-shot, b": 0.6 - plain[5:].double().mean().item(),
         }
     )
+
+
+def test_an_image_that_cannot_be_read_is_left_out_as_evaluation_leaves_it_out(make_model, pictures):
+    model = make_model().eval()
+    broken = Listed([replace(s, image=b"no image") if s.key == "s7" else s for s in pictures], "pictures")
+    found = measure_classifier(Told(pictures, {"s0", "s7", "s8"}), model, broken)
+    rest = Listed([s for s in pictures if s.key != "s7"], "pictures")
+    assert found.metrics == measure_classifier(Told(pictures, {"s0", "s8"}), model, rest).metrics
+    evaluated = evaluate_model(model, broken, tasks=("zeroshot",), precision="fp32")
+    assert found.metrics["zero-shot"].value == evaluated.zeroshot.top1.value
+    assert found.notes == evaluated.notes and "1 images could not be read and were left out" in found.notes[0]
+    for name, count in (("samples", 9), ("skipped", 1)):
+        assert found.settings[name] == count
+    assert (evaluated.settings["images"], evaluated.settings["skipped"]) == (9, 1)
+    nothing = Listed([replace(s, image=b"no image") for s in pictures], "pictures")
+    with pytest.raises(ImageError, match=r"None of the 10 images of pictures can be read\. First: 0: 's0'"):
+        measure_classifier(Told(pictures, set()), model, nothing)
 
 
 def test_without_domains_there_is_one_row_of_each_and_unknown_classes_are_refused(make_model, pictures):

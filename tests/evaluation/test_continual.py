@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from diptych.errors import EvaluationError
 from diptych.evaluation.continual import (
+    ItemTrace,
     Trace,
     angles,
     average,
@@ -72,6 +73,9 @@ def test_classes_seen_so_far_by_hand():
 )
 def test_a_matrix_that_is_none_is_refused(scores, words):
     for metric in (transfer, average, last, forgetting, backward_transfer):
+        if metric in (average, last) and scores.shape == (1, 1):
+            assert metric(scores) == 0.8
+            continue
         with pytest.raises(EvaluationError, match=words):
             metric(scores)
 
@@ -107,6 +111,86 @@ def test_the_table(trace):
     assert lines[0] == "| top-1 after | a | b | c | probe |"
     assert lines[2] == "| start | 30.0 | 40.0 | 50.0 | 20.0 |"
     assert lines[4] == "| b | 90.0 | **70.0** | 30.0 | 15.0 |"
+
+
+def test_one_stage_is_saved_and_shown(tmp_path):
+    once = Trace("top-1", ("a",), ("a", "probe"), ((0.3, 0.4), (0.8, 0.1)))
+    assert once.summary == {"average": 0.8, "last": 0.8, "retention/probe": 0.25}
+    once.save(tmp_path / "trace.json")
+    assert read_trace(tmp_path / "trace.json") == once
+    assert once.table().splitlines()[3] == "| a | **80.0** | 10.0 |"
+    items = ItemTrace("top-1", ("a",), ("a",), (((0.0, 1.0),), ((1.0, 1.0),)))
+    assert set(items.intervals()) == {"average", "last"}
+
+
+@pytest.fixture
+def item_trace() -> ItemTrace:
+    """Return hits on 40, 25, 30 and 50 items, which later stages have in common with earlier ones."""
+    rng, columns = np.random.default_rng(5), []
+    for count in (40, 25, 30, 50):
+        easy = rng.random(count)
+        columns.append([tuple((rng.random(count) * 0.6 + easy * 0.4 < 0.6).astype(float).tolist()) for _ in range(4)])
+    return ItemTrace("top-1", ("a", "b", "c"), ("a", "b", "c", "probe"), tuple(zip(*columns, strict=True)))
+
+
+def test_intervals_are_those_of_a_loop_over_resamples(item_trace):
+    found = item_trace.intervals(seed=3)
+    metrics = {
+        "transfer": transfer,
+        "average": average,
+        "last": last,
+        "forgetting": forgetting,
+        "backward_transfer": backward_transfer,
+    }
+
+    def resampled(columns):
+        """Yield matrices of means over items that are drawn for all stages together."""
+        rng = np.random.default_rng(3)
+        draws = [rng.multinomial(len(each[0]), [1 / len(each[0])] * len(each[0]), size=2000) for each in columns]
+        for drawn in zip(*draws, strict=True):
+            rows = [
+                [np.repeat(hits, times).mean() for hits in each] for each, times in zip(columns, drawn, strict=True)
+            ]
+            yield np.array(rows).T
+
+    columns = list(zip(*item_trace.items, strict=True))
+    matrices = [matrix[1:] for matrix in resampled(columns[:3])]
+    for name, metric in metrics.items():
+        expected = np.percentile([metric(matrix) for matrix in matrices], [2.5, 97.5])
+        assert_allclose([found[name].low, found[name].high], expected, rtol=1e-9, err_msg=name)
+    left = [matrix[-1, 0] / matrix[0, 0] for matrix in resampled(columns[3:])]
+    assert_allclose([found["retention/probe"].low, found["retention/probe"].high], np.percentile(left, [2.5, 97.5]))
+
+
+def test_their_values_are_the_numbers_themselves(item_trace, tmp_path):
+    found, summary = item_trace.intervals(), item_trace.trace.summary
+    assert {name: interval.value for name, interval in found.items()} == pytest.approx(summary, rel=1e-12)
+    assert all(interval.low < interval.value < interval.high for interval in found.values())
+    item_trace.save(tmp_path / "trace.json")
+    assert read_trace(tmp_path / "trace.json") == item_trace.trace
+    record = json.loads((tmp_path / "trace.json").read_text())
+    assert record["intervals"]["transfer"] == found["transfer"].to_json()
+
+
+def test_items_are_drawn_together_for_all_stages():
+    """A model that never changes has forgotten nothing, for certain; items drawn anew for each stage would not show that."""
+    hits = tuple(float(number % 3 == 0) for number in range(60))
+    found = ItemTrace("top-1", ("a", "b"), ("a", "b", "probe"), ((hits,) * 3,) * 3).intervals()
+    for name, value in (("forgetting", 0), ("backward_transfer", 0), ("retention/probe", 1)):
+        assert (found[name].low, found[name].high) == (value, value)
+    assert found["average"].high - found["average"].low > 0.1
+
+
+def test_what_is_left_of_a_start_near_zero_has_no_interval():
+    start, after = (1.0, *[0.0] * 9), (1.0,) * 10  # a third of the resamples have no hit at the start
+    trace = ItemTrace("top-1", ("a", "b"), ("a", "b", "probe"), ((after, after, start), *((after,) * 3,) * 2))
+    assert "retention/probe" in trace.trace.summary and "retention/probe" not in trace.intervals()
+
+
+@pytest.mark.parametrize("second", [((1.0,),), ((1.0, 0.0, 1.0),), ((),)])
+def test_other_items_after_a_stage_are_refused(second):
+    with pytest.raises(EvaluationError, match="same items, at least one, after every stage"):
+        ItemTrace("top-1", ("a",), ("a",), (((1.0, 0.0),), second))
 
 
 def test_the_heat_map(trace, tmp_path):

@@ -11,7 +11,8 @@ from PIL import Image
 from diptych.data.sources import Listed, Subset, open_source
 from diptych.errors import EvaluationError
 from diptych.evaluation.retrieval import retrieval
-from diptych.evaluation.run import compare, evaluate_model, measure_retrieval
+from diptych.evaluation.run import compare, compare_details, evaluate_model, measure_retrieval
+from diptych.evaluation.stats import paired_difference
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_source
 from diptych.types import Sample, Text
@@ -82,6 +83,40 @@ def test_chance_is_stated_for_every_headline_number(everything):
     assert chance["zeroshot/top1"] == chance["linear_probe/accuracy"] == pytest.approx(1 / 3)
     assert chance["text_to_image/recall@5"] == pytest.approx(5 / 24)
     assert chance["image_to_text/recall@5"] == pytest.approx(1 - math.comb(46, 5) / math.comb(48, 5))
+
+
+def many(count: int = 28) -> Listed:
+    """Return squares of seven classes, so that there is a top-5, in two domains."""
+    samples = [replace(sample, label=f"name {i % 7}") for i, sample in enumerate(squares(count, captions=False))]
+    return Listed(samples, "many")
+
+
+def test_details_are_the_further_numbers_of_zero_shot(model, everything):
+    found = evaluate_model(model, many())
+    scores, ranks, correct = found.details(), found.zeroshot.ranks, found.zeroshot.correct
+    assert list(scores) == ["zeroshot/top5", "zeroshot/mean_per_class", "zeroshot/top1/even", "zeroshot/top1/odd"]
+    assert scores["zeroshot/top5"].value == (ranks < 5).mean()
+    assert scores["zeroshot/mean_per_class"].value == pytest.approx(correct.reshape(4, 7).mean(0).mean())
+    assert scores["zeroshot/top1/odd"].value == correct[1::2].mean()
+    assert [found.chance(name) for name in scores] == pytest.approx([5 / 7, 1 / 7, 1 / 7, 1 / 7])
+    assert "zeroshot/top5" not in everything.details()  # of three classes
+    assert evaluate_model(model, squares(6, labels=False)).details() == {}
+
+
+def test_details_are_compared_over_the_same_items(make_model, model):
+    first, second = (evaluate_model(one, many()) for one in (make_model(1, WORDS), model))
+    found = compare_details(first, second, seed=2)
+    assert list(found) == list(first.details())
+    for name, difference in found.items():
+        assert difference.value == pytest.approx(second.details()[name].value - first.details()[name].value)
+        assert difference.low <= difference.value <= difference.high
+    hits = (second.zeroshot.ranks < 5).astype(float), (first.zeroshot.ranks < 5).astype(float)
+    assert found["zeroshot/top5"] == paired_difference(hits[1], hits[0], seed=2)
+    assert all((d.value, d.low, d.high) == (0, 0, 0) for d in compare_details(first, first).values())
+    with pytest.raises(EvaluationError, match="differ in images"):
+        compare_details(first, evaluate_model(model, many(21)))
+    captions = evaluate_model(model, squares(6, labels=False))
+    assert compare_details(captions, captions) == {}
 
 
 def test_retrieval_is_that_of_the_embeddings(model, everything):

@@ -17,7 +17,7 @@ from diptych.claims import domains
 from diptych.claims.claim import Trial
 from diptych.claims.domains import DOMAINS
 from diptych.claims.reproduce import check
-from diptych.data.image_changes import restyled, watermarked
+from diptych.data.image_changes import all_marked, restyled
 from diptych.data.loader import Loader, LoaderConfig
 from diptych.data.parts import by_domain
 from diptych.data.sources import AbstractSource, Listed, Subset
@@ -42,7 +42,7 @@ from diptych.methods.ip_clip import (
     weighed,
 )
 from diptych.models.bank import fill_bank
-from diptych.models.seen import Labelled, Seen, labels_of, see, shown
+from diptych.models.seen import Labelled, Seen, labels_of, see
 from diptych.models.statistics import layer_statistics
 from diptych.models.style_prompts import Projector, Prompted, StyleClassifier, prompted
 from diptych.models.text import AbstractTextTower, with_context
@@ -343,6 +343,10 @@ def pictures(drawings) -> Listed:
     return Listed(samples, "pictures")
 
 
+def see_day(model, pictures: Listed) -> Labelled:
+    return see(model, by_domain(pictures)["day"], ("circle", "square"), precision="fp32")
+
+
 def batch_of(model, source: AbstractSource) -> Batch:
     return next(iter(Loader(source, model.image_policy, model.tokenizer, LoaderConfig(batch_size=len(source)))))
 
@@ -378,7 +382,7 @@ def test_equal_seeds_give_equal_predictors_whatever_torch_was_at(make_model, pic
 def test_plain_prompt_learning_never_looks_at_other_domains(make_model, pictures):
     """Switched off, it is cross-entropy under prompts of the images' own."""
     model, config = make_model().requires_grad_(False).eval(), replace(SMALL, weights=SUPERVISED)
-    own = see(model, shown(model, by_domain(pictures)["day"]), torch.arange(12) % 2, "fp32")
+    own = see_day(model, pictures)
     broken = map_tensors(lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, own)
     plain, other = (learn(model, ("circle", "square"), own, each, config) for each in (own, broken))
     assert all(map(torch.equal, plain.projector.parameters(), other.projector.parameters()))
@@ -391,7 +395,7 @@ def test_plain_prompt_learning_never_looks_at_other_domains(make_model, pictures
 
 def test_its_loss_falls(make_model, pictures):
     model = make_model().requires_grad_(False).eval()
-    own = see(model, shown(model, by_domain(pictures)["day"]), torch.arange(12) // 6, "fp32")
+    own = see_day(model, pictures)
     config = replace(SMALL, weights=SUPERVISED)
     before, after = (
         learn(
@@ -409,7 +413,7 @@ def test_its_loss_falls(make_model, pictures):
 
 def test_a_projector_can_be_gone_on_from(make_model, pictures):
     model = make_model().requires_grad_(False).eval()
-    own = see(model, shown(model, by_domain(pictures)["day"]), torch.arange(12) % 2, "fp32")
+    own = see_day(model, pictures)
     first = learn(model, ("circle", "square"), own, own, SMALL)
     still = replace(SMALL, seed=5, optimizer=replace(SMALL.optimizer, lr=0.0))
     again = learn(model, ("circle", "square"), own, own, still, start=first.projector)
@@ -427,13 +431,12 @@ def test_where_unauthorised_images_come_from(make_model, pictures, monkeypatch, 
 
     monkeypatch.setattr(ip_clip, "learn", look_on)
     Adapter(replace(SMALL, setting=setting, augment_views=2)).fit(model, pictures)
-    day, night = (shown(model, by_domain(pictures)[name]) for name in ("day", "night"))
-    label = given["own"].label
-    expected = {
-        "ownership": lambda: see(model, map(watermarked, day), label, "fp32"),
-        "target_specified": lambda: see(model, night, label, "fp32"),
-        "target_free": lambda: see(model, restyled(day), label, "fp32"),
-    }[setting]()
+    domain, change = {
+        "ownership": ("day", all_marked),
+        "target_specified": ("night", iter),
+        "target_free": ("day", restyled),
+    }[setting]
+    expected = see(model, by_domain(pictures)[domain], ("circle", "square"), change=change, precision="fp32")
     assert len(given["other"]) == (24 if setting == "target_free" else 12)
     torch.testing.assert_close(given["other"].seen.embedding[:12], expected.seen.embedding)
     assert torch.equal(given["other"].label[:12], expected.label) and len(given["own"]) == 12
@@ -482,7 +485,7 @@ def order_of(source: AbstractSource, model) -> list[int]:
 
 def test_banks_may_be_filled_by_the_untrained_prompts(make_model, pictures):
     model = make_model().requires_grad_(False).eval()
-    own = see(model, shown(model, by_domain(pictures)["day"]), torch.arange(12) % 2, "fp32")
+    own = see_day(model, pictures)
     predictor = learn(model, ("circle", "square"), own, own, replace(SMALL, bank_template=None))
     bank = ip_clip.bank_of(predictor, own, known=False)
     expected = fill_bank(own.seen.embedding, predictor.logits(own.seen).softmax(-1))
@@ -523,6 +526,17 @@ def test_classes_must_be_the_same_and_more_than_one(make_model, pictures):
         Adapter(SMALL).fit(make_model(), one)
 
 
+def test_images_that_cannot_be_read_are_left_out_of_every_domain(make_model, pictures):
+    model, config = make_model(), replace(SMALL, batch_size=10)
+    broken = Listed([replace(s, image=b"no image") if s.key in ("s3", "n7") else s for s in pictures], "pictures")
+    whole = Listed([s for s in pictures if s.key not in ("s3", "n7")], "pictures")
+    expected = Adapter(config).fit(model, whole)
+    with pytest.warns(UserWarning, match=r"1 images could not be read and were left out\. First: .: 's3'"):
+        with pytest.warns(UserWarning, match="First: 7: 'pictures:night/n7'"):
+            found = Adapter(config).fit(model, broken)
+    assert all(map(torch.equal, found.projector.parameters(), expected.projector.parameters()))
+
+
 def test_few_images_and_long_names_are_refused(make_model, pictures):
     with pytest.raises(DataError, match="batch takes 13 images of each domain; there are 12"):
         Adapter(replace(SMALL, batch_size=13)).fit(make_model(), pictures)
@@ -532,7 +546,7 @@ def test_few_images_and_long_names_are_refused(make_model, pictures):
 
 def test_a_loss_that_is_not_finite_names_the_step(make_model, pictures):
     model = make_model().requires_grad_(False).eval()
-    own = see(model, shown(model, by_domain(pictures)["day"]), torch.arange(12) % 2, "fp32")
+    own = see_day(model, pictures)
     broken = map_tensors(lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, own)
     with pytest.raises(TrainingError, match="at step 0"):
         learn(model, ("circle", "square"), broken, own, replace(SMALL, weights=SUPERVISED))

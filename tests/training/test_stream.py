@@ -7,7 +7,7 @@ from rich.console import Console
 from diptych.data.loader import LoaderConfig
 from diptych.data.parts import slices
 from diptych.errors import ConfigError
-from diptych.evaluation.continual import Trace
+from diptych.evaluation.continual import ItemTrace, Trace
 from diptych.methods import clip, mod_x, zscl
 from diptych.models.checkpoint import load_model
 from diptych.models.embedding import embed_images
@@ -62,6 +62,19 @@ def test_what_is_finished_is_not_done_again(make_model, stages, measure, tmp_pat
 
     assert run_stream(make_model(), stages[:1], never, never, tmp_path) == scores
     assert run_stream(make_model(), stages, train, measure, tmp_path)[:2] == scores
+
+
+def test_items_are_kept_one_by_one(make_model, stages, drawings, tmp_path):
+    def each(model):
+        return [tuple(embed_images(model, part)[:, 0].tolist()) for part in slices(drawings(16), 2)]
+
+    train = fitted(clip.Objective, console=QUIET)
+    items = run_stream(make_model(), stages, train, each, tmp_path)
+    assert items[0] == tuple(each(make_model())) and [[len(task) for task in row] for row in items] == [[8, 8]] * 3
+    names = ("part-1", "part-2")
+    trace = ItemTrace("first number", names, names, items)
+    again = run_stream(make_model(), stages, train, each, tmp_path)  # read from the disk
+    assert ItemTrace("first number", names, names, again) == trace
 
 
 class StoppedError(Exception):

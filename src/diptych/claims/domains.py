@@ -17,7 +17,7 @@ from diptych.data.bundles import class_names
 from diptych.data.image_changes import ImageChange, all_marked
 from diptych.evaluation.protection import Judge, ownership, protection
 from diptych.models.dual import DualEncoder
-from diptych.models.seen import Labelled, labels_of, see, shown
+from diptych.models.seen import Labelled, see
 from diptych.models.weights import load
 from diptych.types import concatenate, map_tensors
 
@@ -46,8 +46,7 @@ def domain(name: str, split: str, change: ImageChange = iter) -> Labelled:
         split: `train`, `validation` or `test`.
         change: Of the images as evaluation shows them; a function of a module, as what was seen is remembered by it.
     """
-    model, source = frozen_start(), parts(f"pacs:{name}")[split]
-    return see(model, change(shown(model, source)), labels_of(source, domain_classes()))
+    return see(frozen_start(), parts(f"pacs:{name}")[split], domain_classes(), change=change)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Who runs the trials: this process, or several others, each of which holds the claims of one method and runs one trial at a time."""
 
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -118,14 +120,12 @@ def _work(
     connection: Connection, slug: str, modules: Callable[[str], ModuleType], versions: Mapping[str, str], threads: int
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks hears it too, and stops this process
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     arms = {(claim.name, arm.name): (claim, arm) for claim in modules(slug).claim() for arm in claim.arms}
     bench = Bench(modules, versions)
     while True:
-        try:
-            claim, arm, *rest = connection.recv()
-        except EOFError:  # nobody asks any more
-            return
+        claim, arm, *rest = connection.recv()
         answer: Outcome | Exception
         try:
             answer = bench.run(*arms[claim, arm], *rest)
@@ -133,3 +133,11 @@ def _work(
             error.add_note("".join(traceback.format_exception(error)))
             answer = error
         connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """Wait until who asks has ended, killed perhaps, and end this process with the trial that nobody would keep."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -64,7 +64,9 @@ def adapt(
     say(f"What was learnt is in {out}; it is read with `diptych.methods.{method}.read_predictor`.")
     with progress("measuring", len(held)) as advance:
         report = measure_classifier(predictor, encoder, held, prompts=prompts_of(held.name), advance=advance)
-    say(f"{report.title}, {len(held):,} samples that were not learnt on:")
+    say(f"{report.title}, {report.settings['samples']:,} samples that were not learnt on:")
     for name, value in report.metrics.items():
         say(f"  {name:40} {value}")
+    for note in report.notes:
+        say(f"  {note}")
     return report

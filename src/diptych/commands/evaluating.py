@@ -14,7 +14,7 @@ from diptych.data.sources import Columns, open_source
 from diptych.errors import ConfigError
 from diptych.evaluation.languages import evaluate_languages
 from diptych.evaluation.robustness import Audit, RobustnessConfig, audit, compare_audits
-from diptych.evaluation.run import Evaluation, Task, compare, evaluate_model
+from diptych.evaluation.run import Evaluation, Task, compare, compare_details, evaluate_model
 from diptych.files import write_text
 from diptych.models.memory import remembered
 from diptych.models.precision import Precision
@@ -104,7 +104,8 @@ def evaluate(
     other = None
     if against is not None:
         rival = load(against, offline=offline).requires_grad_(False)
-        differences = compare(measure(rival, name=against), found, seed=seed)
+        rivals = measure(rival, name=against)
+        differences = compare(rivals, found, seed=seed) | compare_details(rivals, found, seed=seed)
         record["difference"] = _plain(differences)
         _show_differences(differences, f"{model} minus {against}, paired over the same items:")
         other = withstand(rival, name=against) if audited else None
@@ -162,8 +163,8 @@ def _show_differences(differences: Mapping[str, Interval], title: str) -> None:
 
 
 def print_metrics(evaluation: Evaluation) -> None:
-    """Say every number, and what the reader must know about them."""
-    for name, value in evaluation.headline().items():
-        say(f"  {name:32} {value}")
+    """Say every number beside what it would be by guessing, and what the reader must know about them."""
+    for name, value in (evaluation.headline() | evaluation.details()).items():
+        say(f"  {name:32} {value}  by guessing {evaluation.chance(name):.3f}")
     for note in evaluation.notes:
         say(f"  {note}")

@@ -130,7 +130,7 @@ class LoaderConfig:
     """How samples become batches.
 
     Attributes:
-        batch_size: Samples per batch; an incomplete last batch is left out, unless it is the only one.
+        batch_size: Samples per batch; an incomplete last batch is left out, unless it is the only one. A multiple of what stands together.
         workers: Processes that decode, one thread each; 0 decodes in the training process, None chooses. Changes nothing but speed.
         texts: One entry per text column.
         views: One entry per image view; view 0 is the main one.
@@ -149,6 +149,10 @@ class LoaderConfig:
     bad_samples: Literal["skip", "strict"] = "skip"
     decode: Literal["exact", "scaled"] = "exact"
     cache: CacheConfig = CacheConfig()
+
+    def __post_init__(self) -> None:
+        if self.per_group < 1:
+            raise ConfigError(f"data.per_group is 1, for a plain shuffle, or more; it is {self.per_group}.")
 
 
 @dataclass(frozen=True)
@@ -217,28 +221,28 @@ class Loader:
             part: Which of how many equal parts of each batch this loader makes: (1, 4) for the second of four processes.
 
         Raises:
-            DataError: If there are fewer samples than parts.
-            ConfigError: If batch size or workers are out of range.
+            DataError: If there are fewer samples than parts, or fewer runs of samples that belong together.
+            ConfigError: If batch size or workers are out of range, or batches would cut such runs.
         """
-        if config.per_group > 1:
-            check_batch(config.batch_size, config.per_group)
-            source = per_group(source, config.per_group)
-        shown = len(source) if source.chances is None else _parts_of_samples(source.chances).sum() >> _BITS
-        if source.order is not None:
-            shown = len(source.order(np.random.default_rng(seed)))
-        if shown < part[1]:
-            held = f"{shown:,}" if shown else "no"
-            raise DataError(
-                f"{source.name} has {held} samples per epoch; training needs at least {part[1]}, one per process."
-            )
         if config.batch_size < 1 or (config.workers or 0) < 0:
             raise ConfigError(
                 f"batch_size must be >= 1 and workers >= 0, not {config.batch_size} and {config.workers}."
             )
+        if config.per_group > 1:
+            source = per_group(source, config.per_group)
+        check_batch(config.batch_size, source.run_length)
+        shown = len(source) if source.chances is None else _parts_of_samples(source.chances).sum() >> _BITS
+        if source.order is not None:
+            shown = len(source.order(np.random.default_rng(seed)))
+        runs = int(shown) // (part[1] * source.run_length)
+        if not runs:
+            held, each = f"{shown:,}" if shown else "no", source.run_length
+            needed = f"{part[1] * each}, {'one' if each == 1 else f'a run of {each}'} per process"
+            raise DataError(f"{source.name} has {held} samples per epoch; training needs at least {needed}.")
         self.seed = seed
         self.position = position or Position()
         self.given = self.skipped = 0
-        self.batch_size = min(config.batch_size, int(shown) // part[1])
+        self.batch_size = min(config.batch_size, runs * source.run_length)
         self.batches_per_epoch = int(shown) // (self.batch_size * part[1])
         self.repeat, self._part = repeat, part
         self._order = source.order or partial(draw_order, len(source), source.chances)

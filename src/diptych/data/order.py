@@ -16,14 +16,21 @@ from diptych.errors import ConfigError, DataError
 class Ordered(AbstractSame):
     """Another source, whose epochs follow an order of their own; their rows may repeat."""
 
-    def __init__(self, source: AbstractSource, order: Order, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, source: AbstractSource, order: Order, notes: tuple[str, ...] = (), *, run_length: int = 1
+    ) -> None:
         if source.chances is not None:
             raise DataError(
                 f"{source.name} draws the samples of an epoch by chance, which an order would not follow. Order the source without its chances, and "
                 "leave data.per_group at 1 for this one."
             )
+        if source.order is not None:
+            raise DataError(
+                f"{source.name} has an order of its own already, which another would undo. Order the source that it was made from, and leave "
+                "data.per_group at 1 for this one."
+            )
         super().__init__(source)
-        self.order, self.notes = order, (*source.notes, *notes)
+        self.order, self.notes, self.run_length = order, (*source.notes, *notes), run_length
 
 
 def rows_by_group(source: AbstractSource) -> dict[str, list[int]]:
@@ -42,11 +49,11 @@ def per_group(source: AbstractSource, count: int) -> Ordered:
 
     Args:
         source: With groups.
-        count: Rows of a group that stand together, at least 2; batches should be a multiple of it.
+        count: Rows of a group that stand together, at least 2; batches must be a multiple of it.
 
     Raises:
         ConfigError: If `count` is below 2.
-        DataError: If no group has two rows.
+        DataError: If no group has two rows, or the source has an order already.
     """
     if count < 2:
         raise ConfigError(f"Samples of one group are pairs from 2 per group on, not {count}.")
@@ -59,7 +66,8 @@ def per_group(source: AbstractSource, count: int) -> Ordered:
 
     alone = len(groups) - len(paired)
     order = partial(_runs_of_groups, paired, count)
-    return Ordered(source, order, (f"{alone} samples are alone in their group and left out.",) if alone else ())
+    notes = (f"{alone} samples are alone in their group and left out.",) if alone else ()
+    return Ordered(source, order, notes, run_length=count)
 
 
 def hard_negatives(
@@ -67,17 +75,18 @@ def hard_negatives(
 ) -> Ordered:
     """Return a source whose epochs show, for each group in turn, rows of the group and then of the groups nearest to it.
 
-    A batch of a multiple of `neighbours` x `count` samples then holds what the embeddings take for one another. Mined once: call this again with
-    new embeddings to mine anew. Rows are drawn in every epoch, with replacement where a group has fewer than `count`.
+    A batch must be a multiple of `neighbours` x `count` samples; it then holds what the embeddings take for one another. Mined once: call this
+    again with new embeddings to mine anew. Rows are drawn in every epoch, with replacement where a group has fewer than `count`.
 
     Args:
-        source: With groups.
+        source: With groups; a training part, as holding out samples afterwards takes neighbours apart.
         embeddings: One normalised vector per sample; a group is the mean of its own.
         neighbours: k, groups that stand together, the group itself included.
         count: m, rows of each.
 
     Raises:
         ConfigError: If there are fewer groups than `neighbours`, or the embeddings are of other samples.
+        DataError: If the source has an order already.
 
     Source: Arora et al. 2023 (arXiv 2304.03464), section 4.
     """
@@ -88,7 +97,7 @@ def hard_negatives(
             f"there are {len(embeddings)}, {neighbours} and {count}."
         )
     beside = nearest_groups(F.normalize(torch.stack([embeddings[rows].mean(0) for rows in groups]), dim=-1), neighbours)
-    return Ordered(source, partial(_rows_of_neighbours, groups, beside, count))
+    return Ordered(source, partial(_rows_of_neighbours, groups, beside, count), run_length=neighbours * count)
 
 
 def nearest_groups(centres: Float[Tensor, "c d"], neighbours: int) -> Int64[np.ndarray, "c k"]:
@@ -98,16 +107,16 @@ def nearest_groups(centres: Float[Tensor, "c d"], neighbours: int) -> Int64[np.n
     return found
 
 
-def check_batch(batch_size: int, group_size: int) -> None:
-    """Raise unless whole runs of samples fit into a batch.
+def check_batch(batch_size: int, run_length: int) -> None:
+    """Raise unless a batch holds whole runs of samples.
 
     Raises:
         ConfigError: With the nearest size that does.
     """
-    if batch_size % group_size:
-        better = max(group_size, batch_size // group_size * group_size)
+    if batch_size % run_length:
+        better = max(run_length, batch_size // run_length * run_length)
         raise ConfigError(
-            f"Batches of {batch_size} cut through runs of {group_size} samples that belong together. Set data.batch_size to {better}."
+            f"Batches of {batch_size} cut through runs of {run_length} samples that belong together. Set data.batch_size to {better}."
         )
 
 

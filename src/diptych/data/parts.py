@@ -14,7 +14,8 @@ class Prompted(AbstractSource):
 
     def __init__(self, source: AbstractSource, template: str = "a photo of a {}.") -> None:
         self.source, self.template = source, template
-        self.name, self.notes, self.chances, self.order = source.name, source.notes, source.chances, source.order
+        self.name, self.notes, self.chances = source.name, source.notes, source.chances
+        self.order, self.run_length = source.order, source.run_length
 
     def __len__(self) -> int:
         return len(self.source)

@@ -40,12 +40,14 @@ class AbstractSource(ABC):
         notes: What was assumed when the source was opened, as plain sentences; shown to the user.
         chances: How likely each sample is to be in an epoch, in [0, 1]; None when all are in every one.
         order: Which rows an epoch shows and in which order; None shuffles them.
+        run_length: Rows of `order` that stand together, one run after another; batches hold whole runs.
     """
 
     name: str
     notes: tuple[str, ...] = ()
     chances: Float64[np.ndarray, " n"] | None = None
     order: Order | None = None
+    run_length: int = 1
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -103,7 +105,7 @@ class Subset(AbstractSource):
     """Some samples of another source, in the order given.
 
     Where epochs of the source follow an order of their own, these follow what is left of it, cut or begun anew to one length. Rows that stand
-    together there stay together if all of them are taken, such as whole groups.
+    together there stay together if all of them are taken, such as whole groups; if not, a note says so.
     """
 
     def __init__(self, source: AbstractSource, indices: Sequence[int], name: str) -> None:
@@ -118,6 +120,13 @@ class Subset(AbstractSource):
                 places.setdefault(row, []).append(place)
             left = partial(_left_of, source.order, places)
             self.order = partial(_of_length, left, len(left(np.random.default_rng(0))))
+            if _keeps_runs(source, places, self.indices):
+                self.run_length = source.run_length
+            else:
+                self.notes += (
+                    f"{name} takes some of {source.run_length} samples of {source.name} that belong together, so batches no longer hold all of "
+                    "them. Take the part first, and order what comes of it.",
+                )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -137,6 +146,17 @@ class Subset(AbstractSource):
 def _left_of(order: Order, places: Mapping[int, Sequence[int]], rng: np.random.Generator) -> Int64[np.ndarray, " left"]:
     """Return where the rows of an epoch stand in a subset, without those that are not in it."""
     return np.array([place for row in order(rng).tolist() for place in places.get(row, ())], np.int64)
+
+
+def _keeps_runs(source: AbstractSource, places: Mapping[int, object], rows: Sequence[int]) -> bool:
+    """Return whether a part has all rows or none of every run: it takes whole groups, each row once, and takes no run's groups apart."""
+    if source.run_length == 1 or source.order is None:
+        return True
+    groups = [source.without_image(row).group for row in range(len(source))]
+    taken = np.isin(np.arange(len(source)), rows)
+    cut = {groups[row] for row in rows} & {group for group, here in zip(groups, taken, strict=True) if not here}
+    runs = taken[source.order(np.random.default_rng(0))].reshape(-1, source.run_length)
+    return len(places) == len(rows) and not cut and bool((runs.all(1) == runs.any(1)).all())
 
 
 def _of_length(order: Order, count: int, rng: np.random.Generator) -> Int64[np.ndarray, " shown"]:

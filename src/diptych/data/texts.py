@@ -43,7 +43,8 @@ class WithTexts(AbstractSource):
                 f"{source.name} has {len(source)} samples; texts came for {len(texts)}. Give one entry each."
             )
         self.source, self.added = source, [tuple(more) for more in texts]
-        self.name, self.notes, self.chances, self.order = source.name, source.notes, source.chances, source.order
+        self.name, self.notes, self.chances = source.name, source.notes, source.chances
+        self.order, self.run_length = source.order, source.run_length
 
     def __len__(self) -> int:
         return len(self.source)
@@ -81,7 +82,8 @@ class ShuffledTexts(AbstractSource):
         if not 0 <= share <= 1:
             raise ConfigError(f"A share of samples lies between 0 and 1, not at {share}.")
         self.source, self.roles = source, tuple(roles)
-        self.name, self.notes, self.chances, self.order = source.name, source.notes, source.chances, source.order
+        self.name, self.notes, self.chances = source.name, source.notes, source.chances
+        self.order, self.run_length = source.order, source.run_length
         self.taken_from = list(range(len(source)))
         chosen = np.random.default_rng([seed, len(source)]).permutation(len(source))[: round(share * len(source))]
         if len(chosen) > 1:  # one alone has nobody to change with

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from diptych.data.images import MAX_PIXELS
-from diptych.errors import ImageError
+from diptych.errors import ConfigError, ImageError
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 _RESAMPLING = {
@@ -45,6 +45,15 @@ class ImagePolicy:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     background: tuple[int, int, int] = (255, 255, 255)
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            size=(self.size >= 1, "a side of 1 pixel or more"),
+            crop_fraction=(0 < self.crop_fraction <= 1, "a share above 0 and at most 1"),
+            std=(min(self.std) > 0, "numbers above 0"),
+            background=(all(0 <= level <= 255 for level in self.background), "levels from 0 to 255"),
+        )
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -54,7 +63,7 @@ class Augment:
         crop_scale: Range of the share of the area that a random crop keeps, in (0, 1]; (1, 1) keeps the evaluation path.
         crop_ratio: Range of the crop's aspect ratio, width / height.
         flip_rate: Probability of a left-right flip. Leave 0 where captions speak of left and right.
-        jitter: Brightness, contrast and saturation factors are drawn from [1 - jitter, 1 + jitter].
+        jitter: Brightness, contrast and saturation factors are drawn from [1 - jitter, 1 + jitter]; at most 1.
         hue: The hue is turned by an angle drawn from [-hue, hue], in turns; at most 0.5.
         jitter_rate: Probability that `jitter` and `hue` act at all.
         gray_rate: Probability of dropping colour.
@@ -74,12 +83,40 @@ class Augment:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     size: int | None = None
 
+    def __post_init__(self) -> None:
+        share, ordered = "from 0 to 1", "the smaller first"
+        _check(
+            self,
+            crop_scale=(_rising(self.crop_scale, most=1), f"two shares above 0 and at most 1, {ordered}"),
+            crop_ratio=(_rising(self.crop_ratio), f"two numbers above 0, {ordered}"),
+            flip_rate=(0 <= self.flip_rate <= 1, share),
+            jitter=(0 <= self.jitter <= 1, share),
+            hue=(0 <= self.hue <= 0.5, "from 0 to 0.5"),
+            jitter_rate=(0 <= self.jitter_rate <= 1, share),
+            gray_rate=(0 <= self.gray_rate <= 1, share),
+            blur_rate=(0 <= self.blur_rate <= 1, share),
+            blur_sigma=(0 <= self.blur_sigma[0] <= self.blur_sigma[1], f"two numbers of 0 or more, {ordered}"),
+            size=(self.size is None or self.size >= 1, "a side of 1 pixel or more, or None"),
+        )
+
     @property
     def random(self) -> bool:
         """Return whether two views of one image may differ."""
         return self.crop_scale != (1.0, 1.0) or any(
             (self.flip_rate, self.jitter, self.hue, self.gray_rate, self.blur_rate)
         )
+
+
+def _check(record: ImagePolicy | Augment, **rules: tuple[bool, str]) -> None:
+    """Raise if a field's rule does not hold; beside each stands what the field is to be."""
+    for name, (holds, needed) in rules.items():
+        if not holds:
+            raise ConfigError(f"{type(record).__name__}.{name} is to be {needed}, not {getattr(record, name)}.")
+
+
+def _rising(bounds: tuple[float, float], *, most: float = math.inf) -> bool:
+    """Return whether a range lies above 0, is not above `most`, and its ends are in order."""
+    return 0 < bounds[0] <= bounds[1] <= most
 
 
 def preprocess(image: Image.Image, policy: ImagePolicy) -> UInt8[Tensor, "3 size size"]:

@@ -13,9 +13,9 @@ from diptych.data.sources import AbstractSource
 from diptych.evaluation.stats import bootstrap, paired_difference
 from diptych.evaluation.zeroshot import class_embeddings, read_prompts
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import embed_texts, evaluation_view, inference
+from diptych.models.embedding import embed_texts, inference, left_out, none_readable, readable_batches
 from diptych.models.seen import labels_of
-from diptych.types import Batch, Interval, Report
+from diptych.types import Batch, Interval, Report, Sample
 
 AT_ONCE = 64
 """Images per forward pass."""
@@ -51,7 +51,8 @@ def measure_classifier(
 ) -> Report:
     """Return top-1 of the classifier and of the model's zero-shot prompts, and their difference over the same images.
 
-    All of it over all images and, where samples have domains, in each of them. 1 / k at chance for k equally frequent classes.
+    All of it over all images that can be read and, where samples have domains, in each of them; others are left out, and a note counts them.
+    1 / k at chance for k equally frequent classes.
 
     Args:
         classifier: Learnt beside the model.
@@ -63,22 +64,28 @@ def measure_classifier(
 
     Raises:
         DataError: If a sample has none of the classes.
-        ImageError: If an image cannot be read.
+        ImageError: If no image can be read.
     """
     labels = labels_of(source, classifier.classes)
     vectors = class_embeddings(lambda texts: embed_texts(model, texts), classifier.classes, read_prompts(prompts))
     plain, learnt = list[Bool[Tensor, " b"]](), list[Bool[Tensor, " b"]]()
-    for rows in torch.arange(len(source)).split(AT_ONCE):
-        samples = [source[row] for row in rows.tolist()]
-        images = torch.stack([evaluation_view(model, sample) for sample in samples]).to(model.device)
-        batch = Batch(tuple(sample.key for sample in samples), (images,), (), torch.zeros_like(rows))
+    samples, skipped = list[Sample](), list[str]()
+    for shown, images in readable_batches(model, source, AT_ONCE):
+        samples += shown.samples
+        skipped += shown.skipped
+        if images is None:
+            continue
+        batch = Batch(tuple(sample.key for sample in shown.samples), (images,), (), torch.zeros(len(images)).long())
         with inference(model):
             embedded = model.encode_image(images).float().cpu()
-        plain.append((embedded @ vectors.T).argmax(1) == labels[rows])
-        learnt.append(classifier(batch).argmax(1).cpu() == labels[rows])
-        advance(len(rows))
+        label = labels[list(shown.rows)]
+        plain.append((embedded @ vectors.T).argmax(1) == label)
+        learnt.append(classifier(batch).argmax(1).cpu() == label)
+        advance(len(images))
+    if not samples:
+        raise none_readable(source, skipped)
     before, after = (torch.cat(right).double().numpy() for right in (plain, learnt))
-    domains = np.array([source.without_image(row).domain or "" for row in range(len(source))])
+    domains = np.array([sample.domain or "" for sample in samples])
     metrics: dict[str, Interval] = {}
     for name in ("", *sorted(set(domains) - {""})):
         where, here = (f", {name}", domains == name) if name else ("", np.ones(len(domains), np.bool_))
@@ -87,4 +94,5 @@ def measure_classifier(
             f"learnt{where}": bootstrap(after[here], seed=seed),
             f"learnt minus zero-shot{where}": paired_difference(before[here], after[here], seed=seed),
         }
-    return Report(f"Top-1 on {source.name}", metrics, {"samples": len(source), "prompts": prompts, "seed": seed})
+    counts = {"samples": len(samples), "skipped": len(skipped)}
+    return Report(f"Top-1 on {source.name}", metrics, {**counts, "prompts": prompts, "seed": seed}, left_out(skipped))

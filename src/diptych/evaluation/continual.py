@@ -5,7 +5,7 @@ trained yet or not. Columns behind the tasks are never trained: they show what e
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diptych.errors import EvaluationError, require
+from diptych.evaluation.stats import bootstrap_means
 from diptych.files import atomic_file, write_text
+from diptych.types import Interval
 
 Matrix = Float[np.ndarray, "stages tasks"]
 """As many stages as tasks: entry (k, i) is the score on task i after stage k, both from 0 and without the model before any stage."""
@@ -34,8 +36,7 @@ def transfer(scores: Matrix) -> float:
 
     Source: Zheng et al. 2023 (MTIL), section 4.1.
     """
-    checked = _square(scores)
-    return float(np.mean([checked[:task, task].mean() for task in range(1, len(checked))]))
+    return float(_transfer(_square(scores)))
 
 
 def average(scores: Matrix) -> float:
@@ -43,7 +44,7 @@ def average(scores: Matrix) -> float:
 
     Source: Zheng et al. 2023 (MTIL), section 4.1.
     """
-    return float(_square(scores).mean())
+    return float(_average(_square(scores, least=1)))
 
 
 def last(scores: Matrix) -> float:
@@ -51,7 +52,7 @@ def last(scores: Matrix) -> float:
 
     Source: Zheng et al. 2023 (MTIL), section 4.1.
     """
-    return float(_square(scores)[-1].mean())
+    return float(_last(_square(scores, least=1)))
 
 
 def forgetting(scores: Matrix) -> float:
@@ -62,8 +63,7 @@ def forgetting(scores: Matrix) -> float:
 
     Source: Chaudhry et al. 2018, equation 3, the maximum taken from the task's own stage on.
     """
-    checked = _square(scores)
-    return float(np.mean([checked[task:-1, task].max() - checked[-1, task] for task in range(len(checked) - 1)]))
+    return float(_forgetting(_square(scores)))
 
 
 def backward_transfer(scores: Matrix) -> float:
@@ -71,8 +71,7 @@ def backward_transfer(scores: Matrix) -> float:
 
     Source: Lopez-Paz and Ranzato 2017, equation 3.
     """
-    checked = _square(scores)
-    return float((checked[-1] - checked.diagonal())[:-1].mean())
+    return float(_backward_transfer(_square(scores)))
 
 
 def seen_accuracy(scores: Matrix, sizes: Sequence[int]) -> Float[np.ndarray, " n"]:
@@ -97,7 +96,7 @@ def seen_accuracy(scores: Matrix, sizes: Sequence[int]) -> Float[np.ndarray, " n
 
 @dataclass(frozen=True)
 class Trace:
-    """Scores of one model through a sequence of stages.
+    """Scores of one model through a sequence of stages. A matrix says nothing of its items, so there are no intervals: those are `ItemTrace`'s.
 
     Attributes:
         metric: What the scores are, for example `top-1` or `R@1`; higher is better.
@@ -129,14 +128,11 @@ class Trace:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Return the numbers of this file by name, and for every column behind the tasks what is left of it: last / start."""
-        found = {
-            "transfer": transfer(self.matrix),
-            "average": average(self.matrix),
-            "last": last(self.matrix),
-            "forgetting": forgetting(self.matrix),
-            "backward_transfer": backward_transfer(self.matrix),
-        }
+        """Return the numbers of this file by name, and for every column behind the tasks what is left of it: last / start.
+
+        After one stage there are only average and last, as the others look at an earlier or a later one.
+        """
+        found = {name: float(number(_square(self.matrix, least=1))) for name, number in _defined(self.stages).items()}
         for column in range(len(self.stages), len(self.tasks)):
             start = self.scores[0][column]
             found[f"retention/{self.tasks[column]}"] = self.scores[-1][column] / start if start else float("nan")
@@ -154,8 +150,11 @@ class Trace:
 
     def save(self, path: Path) -> None:
         """Write scores and summary as JSON; `read_trace` reads it back."""
+        write_text(path, json.dumps(self._record(), indent=2) + "\n")
+
+    def _record(self) -> dict[str, Any]:
         summary = {name: None if value != value else value for name, value in self.summary.items()}  # JSON has no NaN
-        write_text(path, json.dumps({**asdict(self), "summary": summary}, indent=2) + "\n")
+        return {**asdict(self), "summary": summary}
 
     def plot(self, path: Path) -> None:
         """Write the matrix as a heat map (PNG): above the steps what was not trained yet, below what was.
@@ -179,6 +178,78 @@ class Trace:
         figure.colorbar(image, label=f"{self.metric}, %")
         with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=150)
+
+
+Items = tuple[float, ...]
+"""One score per item of a task, for example 1 for a hit and 0 for a miss."""
+
+
+@dataclass(frozen=True)
+class ItemTrace:
+    """Scores of one model through a sequence of stages, item by item, so that every number has its interval.
+
+    Attributes:
+        metric: As in `Trace`.
+        stages: As in `Trace`.
+        tasks: As in `Trace`.
+        items: One row for the model before any stage, then one per stage: the items of each task, the same and in the same order in every row.
+    """
+
+    metric: str
+    stages: tuple[str, ...]
+    tasks: tuple[str, ...]
+    items: tuple[tuple[Items, ...], ...]
+
+    def __post_init__(self) -> None:
+        counts = [[len(task) for task in row] for row in self.items]
+        if any(row != counts[0] for row in counts) or not all(map(all, counts)):
+            raise EvaluationError(
+                f"Every task needs the same items, at least one, after every stage; the rows have {counts} of them. Measure all stages on the same "
+                "samples."
+            )
+        _ = self.trace  # which checks that rows and columns fit
+
+    @property
+    def trace(self) -> Trace:
+        """Return the mean of each task's items after each stage."""
+        return Trace(
+            self.metric,
+            self.stages,
+            self.tasks,
+            tuple(tuple(float(np.mean(task)) for task in row) for row in self.items),
+        )
+
+    def intervals(self, *, seed: int = 0) -> dict[str, Interval]:
+        """Return the numbers of `Trace.summary` with their 95 % bootstrap intervals.
+
+        The items of a task are drawn together for all stages, and tasks independently. What is left of a column has no interval where too many
+        resamples start at 0. The maximum in `forgetting` leans upwards where items are few.
+
+        Args:
+            seed: Of the 2,000 resamples.
+        """
+        samples = [np.array(task, dtype=np.float64).T for task in zip(*self.items, strict=True)]  # each [items, rows]
+        own = [sample[:, 1:] for sample in samples[: len(self.stages)]]
+
+        def measured(number: Number, *chosen: np.ndarray) -> Interval:
+            def of_means(*means: np.ndarray) -> np.ndarray:
+                found: np.ndarray = number(np.array(means).reshape(len(chosen), chosen[0].shape[1], -1).swapaxes(0, 1))
+                return found
+
+            return bootstrap_means(of_means, *chosen, seed=seed)
+
+        found = {name: measured(number, *own) for name, number in _defined(self.stages).items()}
+        for name, sample in list(zip(self.tasks, samples, strict=True))[len(own) :]:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                left = measured(lambda scores: scores[-1, 0] / scores[0, 0], sample)
+            if np.isfinite([left.low, left.high]).all():
+                found[f"retention/{name}"] = left
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write what `Trace.save` does, and the intervals; `read_trace` reads the scores back."""
+        intervals = {name: interval.to_json() for name, interval in self.intervals().items()}
+        write_text(path, json.dumps({**self.trace._record(), "intervals": intervals}, indent=2) + "\n")
 
 
 def read_trace(path: Path) -> Trace:
@@ -218,6 +289,38 @@ def rotation_gap(
     Source: Ni et al. 2023 (Mod-X), section 3, inter-modal deviation; the summary by two means is ours.
     """
     return abs(float(angles(*image).mean() - angles(*text).mean()))
+
+
+Number = Callable[[Any], Any]
+"""From scores [stages, tasks, ...] to [...]: of one matrix, or of many behind one another."""
+
+
+def _transfer(scores: Any) -> Any:
+    return np.mean([scores[:task, task].mean(0) for task in range(1, len(scores))], axis=0)
+
+
+def _average(scores: Any) -> Any:
+    return scores.mean((0, 1))
+
+
+def _last(scores: Any) -> Any:
+    return scores[-1].mean(0)
+
+
+def _forgetting(scores: Any) -> Any:
+    return np.mean([scores[task:-1, task].max(0) - scores[-1, task] for task in range(len(scores) - 1)], axis=0)
+
+
+def _backward_transfer(scores: Any) -> Any:
+    return np.mean([scores[-1, task] - scores[task, task] for task in range(len(scores) - 1)], axis=0)
+
+
+def _defined(stages: Sequence[str]) -> dict[str, Number]:
+    """Return the numbers that so many stages have, by name."""
+    after_one: dict[str, Number] = {"average": _average, "last": _last}
+    if len(stages) == 1:
+        return after_one
+    return {"transfer": _transfer, **after_one, "forgetting": _forgetting, "backward_transfer": _backward_transfer}
 
 
 def _square(scores: Matrix, *, least: int = 2) -> Matrix:

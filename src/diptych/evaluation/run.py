@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +15,10 @@ from diptych.data.sources import AbstractSource
 from diptych.errors import EvaluationError
 from diptych.evaluation.probe import Probe, linear_probe, nearest_neighbours
 from diptych.evaluation.retrieval import Direction, Retrieval, retrieval
-from diptych.evaluation.stats import paired_difference
+from diptych.evaluation.stats import bootstrap_means, paired_difference
 from diptych.evaluation.zeroshot import ZeroShot, class_embeddings, read_prompts, zero_shot
 from diptych.models.dual import DualEncoder
-from diptych.models.embedding import Embedded, ProgressBar, embed_source, embed_texts, folded
+from diptych.models.embedding import Embedded, ProgressBar, embed_source, embed_texts, folded, left_out
 from diptych.models.memory import TowerMemory
 from diptych.models.precision import Precision, choose_precision
 from diptych.types import Interval
@@ -86,14 +87,23 @@ class Evaluation:
             found["nearest_neighbours/accuracy"] = self.nearest_neighbours.accuracy
         return found
 
+    def details(self) -> dict[str, Interval]:
+        """Return further numbers of zero-shot classification, by name: top-5, the mean over classes, and top-1 in each domain."""
+        if self.zeroshot is None:
+            return {}
+        found = {} if self.zeroshot.top5 is None else {"zeroshot/top5": self.zeroshot.top5}
+        found["zeroshot/mean_per_class"] = self.zeroshot.mean_per_class
+        return found | {f"zeroshot/top1/{name}": value for name, value in self.zeroshot.by_domain.items()}
+
     def chance(self, name: str) -> float:
-        """Return what a number of `headline` would be by guessing."""
+        """Return what a number of `headline` or `details` would be by guessing."""
         values: dict[str, float] = {}
         if self.retrieval is not None:
             for side, direction in _directions(self.retrieval):
                 values |= {f"{side}/recall@{k}": value for k, value in direction.chance.items()}
         if self.zeroshot is not None:
-            values["zeroshot/top1"] = 1 / len(self.zeroshot.classes)
+            guess = 1 / len(self.zeroshot.classes)
+            values |= dict.fromkeys(("zeroshot/top1", *self.details()), guess) | {"zeroshot/top5": 5 * guess}
         if self.linear_probe is not None:
             values["linear_probe/accuracy"] = self.linear_probe.chance
         if self.nearest_neighbours is not None:
@@ -222,6 +232,29 @@ def compare(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str
     return found
 
 
+def compare_details(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str, Interval]:
+    """Return second minus first for every number of `details` both have, paired over the same items.
+
+    Raises:
+        EvaluationError: As `compare` does.
+    """
+    _check_same(first, second)
+    one, two = first.zeroshot, second.zeroshot
+    if one is None or two is None:
+        return {}
+    found = {}
+    if one.top5 is not None:
+        found["zeroshot/top5"] = paired_difference(one.hits(5), two.hits(5), seed=seed)
+    change = two.correct - one.correct
+    labels, domains = np.array(first.embedded.labels), np.array(first.embedded.domains)
+    classes = [change[labels == name, None] for name in one.classes]
+    found["zeroshot/mean_per_class"] = bootstrap_means(lambda *means: np.mean(means, axis=0), *classes, seed=seed)
+    for name in one.by_domain:
+        here = domains == name
+        found[f"zeroshot/top1/{name}"] = paired_difference(one.correct[here], two.correct[here], seed=seed)
+    return found
+
+
 def measure_zeroshot(
     model: DualEncoder,
     embedded: Embedded,
@@ -288,11 +321,7 @@ def _check_same(first: Evaluation, second: Evaluation) -> None:
 
 def _notes(embedded: Embedded, found: Retrieval | None) -> tuple[str, ...]:
     """Return sentences on what was left out and on numbers that say nothing."""
-    notes = []
-    if embedded.skipped:
-        notes.append(
-            f"{len(embedded.skipped)} images could not be read and were left out. First: {embedded.skipped[0]}"
-        )
+    notes = [*left_out(embedded.skipped)]
     if found is not None:
         captioned = len(set(embedded.owner))
         if captioned < len(embedded.keys):

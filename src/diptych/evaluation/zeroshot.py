@@ -51,6 +51,7 @@ class ZeroShot:
         mean_per_class: Mean over classes of their top-1 (balanced accuracy), so that every class counts alike.
         by_domain: Top-1 within each domain, if the source has domains.
         correct: Per image, 1.0 if its class is nearest.
+        ranks: Per image, how many other classes are as near as its own or nearer.
         classes: Class names, in order.
         prompts: What they were put into.
     """
@@ -60,8 +61,13 @@ class ZeroShot:
     mean_per_class: Interval
     by_domain: dict[str, Interval]
     correct: Float[np.ndarray, " n"]
+    ranks: Int64[np.ndarray, " n"]
     classes: tuple[str, ...]
     prompts: Prompts
+
+    def hits(self, k: int) -> Float[np.ndarray, " n"]:
+        """Return 1.0 for each image whose class is among the k nearest, else 0.0."""
+        return (self.ranks < k).astype(np.float64)
 
 
 def read_prompts(name: str) -> Prompts:
@@ -151,6 +157,7 @@ def zero_shot(
             str(name): bootstrap(correct[domain_array == name], seed=seed) for name in sorted({d for d in domains if d})
         },
         correct=correct,
+        ranks=rank,
         classes=tuple(classes),
         prompts=prompts,
     )

@@ -41,7 +41,7 @@ from diptych.claims.claim import Arm, Claim, Control, Part
 from diptych.claims.domains import DOMAINS, Fence, domain_classes, frozen_start, owned, weighted
 from diptych.claims.measures import gains_less_than_half
 from diptych.data.bundles import class_names
-from diptych.data.image_changes import all_marked, restyled
+from diptych.data.image_changes import ImageChange, all_marked, restyled
 from diptych.data.parts import one_against_others, one_domain, prompt
 from diptych.data.sources import AbstractSource
 from diptych.errors import ConfigError, DataError
@@ -49,7 +49,7 @@ from diptych.models.bank import FeatureBank, fill_bank
 from diptych.models.dual import DualEncoder
 from diptych.models.embedding import embed_texts
 from diptych.models.heads import normed_mlp
-from diptych.models.seen import Labelled, Seen, labels_of, see, shown
+from diptych.models.seen import Labelled, Seen, see
 from diptych.models.style_prompts import (
     AbstractStylePrompts,
     Projector,
@@ -309,7 +309,7 @@ class Adapter(AbstractAdapter):
         Raises:
             ConfigError: If a domain is not there, or the image tower gives no layers.
             DataError: If there is one class only, or classes of one domain are not in the other.
-            ImageError: If an image cannot be read.
+            ImageError: If no image of a domain can be read.
         """
         config = self.config
         authorised, unauthorised = self._domains(data)
@@ -321,7 +321,7 @@ class Adapter(AbstractAdapter):
                 f"Authorised and unauthorised images must be of the same classes; {', '.join(sorted(odd))} are on one side only."
             )
         model.requires_grad_(False).eval()
-        own = see(model, shown(model, authorised), labels_of(authorised, classes), config.precision)
+        own = see(model, authorised, classes, precision=config.precision)
         return learn(model, classes, own, self._others(model, unauthorised, classes, own), config)
 
     def _domains(self, data: AbstractSource) -> tuple[AbstractSource, AbstractSource]:
@@ -341,16 +341,20 @@ class Adapter(AbstractAdapter):
 
     def _others(self, model: DualEncoder, source: AbstractSource, classes: Sequence[str], own: Labelled) -> Labelled:
         """Return images that must not be recognised; the authorised ones where only those count."""
-        config, views = self.config, shown(model, source)
-        if not config.weights.protects:
+        if not self.config.weights.protects:
             return own
+        changes = self._changes()
+        return concatenate(
+            [see(model, source, classes, change=change, precision=self.config.precision) for change in changes]
+        )
+
+    def _changes(self) -> list[ImageChange]:
+        """Return what is done to images that must not be recognised, once for each version of them."""
+        config = self.config
         if config.setting == "target_free":
             change = partial(restyled, ops=config.augment_ops, magnitude=config.augment_magnitude, seed=config.seed)
-            changed = (change(shown(model, source), view=view) for view in range(config.augment_views))
-            return concatenate([see(model, images, own.label, config.precision) for images in changed])
-        if config.setting == "ownership":
-            return see(model, all_marked(views), own.label, config.precision)
-        return see(model, views, labels_of(source, classes), config.precision)
+            return [partial(change, view=view) for view in range(config.augment_views)]
+        return [all_marked if config.setting == "ownership" else iter]
 
 
 def learn(

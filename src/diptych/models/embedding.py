@@ -219,7 +219,7 @@ def embed_source_images(
     """
     assert memory is None or (memory.model is model and memory.source is source and change is None)
     bar = progress or no_progress
-    batches = _batches(model, source, batch_size)
+    batches = readable_batches(model, source, batch_size)
     seen: list[Shown] = []
     parts: list[Tensor] = []
     with bar("embedding images", len(source)) as advance, looking(model, precision):
@@ -230,8 +230,7 @@ def embed_source_images(
                 advance(len(shown.rows))
     skipped = tuple(reason for shown in seen for reason in shown.skipped)
     if not parts:
-        reason = f" First: {skipped[0]}" if skipped else ""
-        raise ImageError(f"None of the {len(source)} images of {source.name} can be read.{reason}")
+        raise none_readable(source, skipped)
     rows = tuple(row for shown in seen for row in shown.rows)
     samples = tuple(sample for shown in seen for sample in shown.samples)
     return Shown(rows, samples, skipped), torch.cat(parts).clone()  # a clone can be used outside of inference mode
@@ -247,25 +246,54 @@ def describes(text: Text, language: str) -> bool:
     return text.language == language and text.role in ("caption", "translation")
 
 
-def _batches(
+def readable_batches(
     model: DualEncoder, source: AbstractSource, batch_size: int
 ) -> Iterator[tuple[Shown, UInt8[Tensor, "b 3 h w"] | None]]:
     """Yield the readable samples of a source with their pixels; at the end what is left, which may be no sample."""
     rows, samples, pixels, skipped = list[int](), list[Sample](), list[Tensor](), list[str]()
-    for index in range(len(source)):
-        try:
-            sample = source[index]
-            pixels.append(evaluation_view(model, sample))
-        except ImageError as error:
-            skipped.append(f"{index}: {error}")
-            continue
-        rows.append(index)
-        samples.append(replace(sample, image=None, mask=None))
+    for row, sample, view in readable(model, source, skipped.append):
+        rows.append(row)
+        samples.append(sample)
+        pixels.append(view)
         if len(rows) == batch_size:
             yield Shown(tuple(rows), tuple(samples), tuple(skipped)), torch.stack(pixels).to(model.device)
-            rows, samples, pixels, skipped = [], [], [], []
+            rows, samples, pixels = [], [], []
+            skipped.clear()
     rest = torch.stack(pixels).to(model.device) if pixels else None
     yield Shown(tuple(rows), tuple(samples), tuple(skipped)), rest
+
+
+def readable(
+    model: DualEncoder, source: AbstractSource, skip: Callable[[str], None]
+) -> Iterator[tuple[int, Sample, UInt8[Tensor, "3 h w"]]]:
+    """Yield the row of every sample whose image can be read, the sample without its image, and its image as evaluation shows it.
+
+    Args:
+        model: Preprocesses as its own policy says.
+        source: Samples.
+        skip: Told why an image is left out.
+    """
+    for row in range(len(source)):
+        try:
+            sample = source[row]
+            view = evaluation_view(model, sample)
+        except ImageError as error:
+            skip(f"{row}: {error}")
+            continue
+        yield row, replace(sample, image=None, mask=None), view
+
+
+def left_out(skipped: Sequence[str]) -> tuple[str, ...]:
+    """Return a sentence on images that could not be read, for notes and warnings; none where all could."""
+    if not skipped:
+        return ()
+    return (f"{len(skipped)} images could not be read and were left out. First: {skipped[0]}",)
+
+
+def none_readable(source: AbstractSource, skipped: Sequence[str]) -> ImageError:
+    """Return the error to raise where no image of a source can be read."""
+    reason = f" First: {skipped[0]}" if skipped else ""
+    return ImageError(f"None of the {len(source)} images of {source.name} can be read.{reason}")
 
 
 def embed_pixels(

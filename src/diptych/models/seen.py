@@ -1,6 +1,7 @@
 """What a frozen image tower says of images, once and for all: their embedding, and what its layers say on average."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -9,11 +10,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from diptych.data.image_changes import ImageChange
 from diptych.data.sources import AbstractSource
 from diptych.errors import ConfigError, DataError
 from diptych.losses.full import full
 from diptych.models.dual import DualEncoder, Images
-from diptych.models.embedding import evaluation_view, looking
+from diptych.models.embedding import left_out, looking, none_readable, readable
 from diptych.models.precision import Precision
 from diptych.models.statistics import LayerStatistics, layer_statistics
 from diptych.types import concatenate, map_tensors
@@ -68,34 +70,46 @@ def look(model: DualEncoder, images: Images) -> Seen:
 
 def see(
     model: DualEncoder,
-    views: Iterable[UInt8[Tensor, "3 h w"]],
-    label: Int64[Tensor, " n"],
+    source: AbstractSource,
+    classes: Sequence[str],
+    *,
+    change: ImageChange = iter,
     precision: Precision = "auto",
 ) -> Labelled:
-    """Return what the image tower says of images, in eval mode and without gradient.
+    """Return what the image tower says of a source's images, in eval mode and without gradient.
+
+    Images that cannot be read are left out, and a warning counts them.
 
     Args:
         model: Any.
-        views: One per label, as `shown` gives them, or changed.
-        label: From `labels_of`.
+        source: Labelled samples.
+        classes: Rows of the labels.
+        change: Of the images as evaluation shows them, before the tower looks at them.
         precision: Of the tower.
 
     Raises:
         ConfigError: If the image tower gives no layers.
-        ImageError: If an image cannot be read.
+        DataError: If a sample has none of the classes.
+        ImageError: If no image can be read.
     """
-    views, seen = iter(views), []
+    label = labels_of(source, classes)
+    rows, skipped, seen = list[int](), list[str](), list[Seen]()
+
+    def views() -> Iterator[UInt8[Tensor, "3 h w"]]:
+        for row, _, view in readable(model, source, skipped.append):
+            rows.append(row)
+            yield view
+
+    changed = iter(change(views()))
     with looking(model, precision):
-        while part := list(islice(views, AT_ONCE)):
+        while part := list(islice(changed, AT_ONCE)):
             seen.append(look(model, torch.stack(part).to(model.device)))
+    if not seen:
+        raise none_readable(source, skipped)
+    for note in left_out(skipped):
+        warnings.warn(f"{source.name}: {note}", stacklevel=2)
     joined = map_tensors(torch.clone, concatenate(seen))  # a clone can be used outside of inference mode
-    return Labelled(joined, label.to(model.device))
-
-
-def shown(model: DualEncoder, source: AbstractSource) -> Iterator[UInt8[Tensor, "3 h w"]]:
-    """Yield every image of a source as evaluation shows it."""
-    for row in range(len(source)):
-        yield evaluation_view(model, source[row])
+    return Labelled(joined, label[rows].to(model.device))
 
 
 def labels_of(source: AbstractSource, classes: Sequence[str]) -> Int64[Tensor, " n"]:

@@ -23,7 +23,7 @@ from diptych.models.dual import DualEncoder
 from diptych.models.embedding import inference
 from diptych.models.precision import Precision, autocast, choose_precision
 from diptych.models.prompting import prompted_texts, slotted
-from diptych.models.seen import Labelled, Seen, labels_of, look, see, shown
+from diptych.models.seen import Labelled, Seen, look, see
 from diptych.models.statistics import LayerStatistics
 from diptych.types import Batch, Tokens, map_tensors
 
@@ -195,14 +195,13 @@ class StyleClassifier(nn.Module, Generic[C]):
         return (self.logits(data.seen).argmax(1) == data.label).double().cpu().numpy()
 
     def exam(self, source: AbstractSource) -> Labelled:
-        """Return what the tower says of labelled samples, for `correct`.
+        """Return what the tower says of labelled samples, for `correct`; see `see`.
 
         Raises:
             DataError: If a sample has none of the classes.
-            ImageError: If an image cannot be read.
+            ImageError: If no image can be read.
         """
-        label = labels_of(source, self.classes)
-        return see(self.model, shown(self.model, source), label, self.projector.config.precision)
+        return see(self.model, source, self.classes, precision=self.projector.config.precision)
 
     def without_style(self) -> "StyleClassifier[C]":
         """Return a classifier whose style vectors are zeros, see `without_style`."""

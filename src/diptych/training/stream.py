@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -43,15 +44,17 @@ class Stage:
 Train = Callable[[DualEncoder, Stage, Path], DualEncoder]
 """Returns the model after a stage. The path is the stage's own folder, for whatever lets it go on after a kill."""
 
-Measure = Callable[[DualEncoder], Sequence[float]]
+Score = TypeVar("Score", bound=float | tuple[float, ...])
+"""What a model is worth in one column: a number, as `Trace` takes it, or one for each item, as `ItemTrace` does."""
+
+Measure = Callable[[DualEncoder], Sequence[Score]]
 """Returns one score per column: every task of the stream, then whatever else is watched."""
 
-Scores = tuple[tuple[float, ...], ...]
-"""One row for the model before any stage, then one per stage."""
 
-
-def run_stream(model: DualEncoder, stages: Sequence[Stage], train: Train, measure: Measure, folder: Path) -> Scores:
-    """Return the scores of every task before the first stage and after every one.
+def run_stream(
+    model: DualEncoder, stages: Sequence[Stage], train: Train, measure: Measure[Score], folder: Path
+) -> tuple[tuple[Score, ...], ...]:
+    """Return the scores of every task before the first stage and after every one: one row for each.
 
     Each finished stage leaves its model and its scores in a folder of its own. Called again, what is finished is read and not repeated; every
     stage starts from the model on the disk, so that a stream that was stopped anywhere ends in the same scores.
@@ -105,12 +108,12 @@ def fitted(make_objective: Callable[[DualEncoder, Any], AbstractObjective[Any]],
     return train
 
 
-def _scores(place: Path, asked: str, trained: Callable[[], DualEncoder], measure: Measure) -> tuple[float, ...]:
+def _scores(place: Path, asked: str, trained: Callable[[], DualEncoder], measure: Measure[Score]) -> tuple[Score, ...]:
     """Return the scores in a folder; where there are none, of the model that goes there."""
     path = place / SCORES
     if not path.exists():
         model = trained()
-        record = {"asked": asked, "scores": [float(score) for score in measure(model)]}
+        record = {"asked": asked, "scores": [np.asarray(score, np.float64).tolist() for score in measure(model)]}
         save_model(model, place / CHECKPOINT)  # the scores come last: they say that the stage is finished
         write_text(path, json.dumps(record))
     record = json.loads(path.read_text())
@@ -118,4 +121,5 @@ def _scores(place: Path, asked: str, trained: Callable[[], DualEncoder], measure
         raise ConfigError(
             f"{place} was run with other settings or other samples. Give the stream the same stages, or another folder."
         )
-    return tuple(record["scores"])
+    scores: Any = [tuple(score) if isinstance(score, list) else score for score in record["scores"]]
+    return tuple(scores)
