@@ -98,7 +98,10 @@ def test_the_ledger_is_put_between_its_comments(result, tmp_path):
     ],
 )
 def test_the_state_of_a_method_after_its_claims(result, verdicts, state):
-    assert state_of([replace(result, verdict=verdict) for verdict in verdicts]) == state
+    found = [replace(result, verdict=verdict) for verdict in verdicts]
+    assert state_of(found) == state
+    assert state_of([*found, replace(result, verdict="not reproduced", ours=True)]) == state
+    assert state_of([replace(each, ours=True) for each in found]) == "works"
 
 
 def test_the_readme_shows_the_results_of_this_repository():

@@ -85,6 +85,7 @@ class Claim:
         higher_is_better: Direction of the metric.
         sources: Data sets, as `open_source` takes them. Their fingerprints are recorded, and a trial that is in the log is run again once
             they change.
+        ours: Whether the claim is ours and not the paper's; then it says nothing of the method's state.
     """
 
     slug: str
@@ -97,3 +98,4 @@ class Claim:
     seeds: tuple[int, ...] = (0, 1, 2)
     higher_is_better: bool = True
     sources: tuple[str, ...] = ()
+    ours: bool = False

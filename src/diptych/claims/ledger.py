@@ -98,6 +98,7 @@ class Result:
         versions: Of packages.
         hashes: Of code, recipes and data.
         noted: Further numbers that arms noted: by name, for each arm, one per seed.
+        ours: Whether the claim is ours and not the paper's.
     """
 
     slug: str
@@ -119,6 +120,7 @@ class Result:
     versions: Mapping[str, str]
     hashes: Hashes
     noted: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
+    ours: bool = False
 
 
 def write_results(results: Sequence[Result], folder: Path) -> Path:
@@ -148,8 +150,11 @@ def read_all(folder: Path) -> tuple[Result, ...]:
 
 
 def state_of(results: Sequence[Result]) -> Literal["works", "reproduced", "not reproduced"]:
-    """Return what the table of methods must say: `reproduced` if every claim is, `not reproduced` if any is not, else `works`."""
-    verdicts = {result.verdict for result in results}
+    """Return what the table of methods must say: `reproduced` if every claim is, `not reproduced` if any is not, else `works`.
+
+    Claims that are ours and not the paper's do not count.
+    """
+    verdicts = {result.verdict for result in results if not result.ours}
     if "not reproduced" in verdicts:
         return "not reproduced"
     return "reproduced" if verdicts == {"reproduced"} else "works"

@@ -104,16 +104,17 @@ def reproduce_method(
     claims: tuple[Claim, ...] = modules(slug).claim()
     check(claims, slug)
     plans = [(claim, seeds_of(claim, seeds)) for claim in claims]
-    bench, done, writing = Bench(modules, versions), Log(log), Lock()
+    bench, done, turn = Bench(modules, versions), Log(log), Lock()
     with _display(slug, sum(_trials(*plan) for plan in plans), console) as screen:
 
         def measure(run: Run, claim: Claim, arm: Arm, seed: int, split: Split, point: Point) -> Outcome:
             screen.start(claim, arm, seed, split)
-            outcome = done.find(claim, arm, seed, split, point)
-            logged = outcome is not None and bench.holds(outcome, claim)
+            with turn:  # two threads must not parse code at once: CPython 3.11 mixes up how deep they are
+                outcome = done.find(claim, arm, seed, split, point)
+                logged = outcome is not None and bench.holds(outcome, claim)
             if outcome is None or not logged:
                 outcome = run(claim, arm, seed, split, point)
-                with writing:
+                with turn:
                     done.keep(outcome)
             screen.done(outcome, logged=logged)
             return outcome
@@ -236,6 +237,7 @@ def _result(
             sources=dict(everything[0].sources),
         ),
         noted=_noted(runs),
+        ours=claim.ours,
     )
 
 
