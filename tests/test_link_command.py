@@ -138,3 +138,13 @@ def test_the_example_reads_links_and_makes_a_page(tmp_path, monkeypatch, capsys,
     names = {row["query"]: row["query_text"] for row in rows}
     assert len(names) == 60 and sum(bool(text) for text in names.values()) >= 55
     assert (tmp_path / "runs" / "link_scans" / "links.html").read_text().count('class="card"') == 30
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_example_on_directories_that_were_read_by_machine(capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "link_firms.py"))
+    example["main"](model="mini")
+    lines = capsys.readouterr().out.splitlines()
+    f1 = [float(line.split("F1 ")[1].split()[0]) for line in lines]
+    assert len(f1) == 4 and f1[1] > f1[0] > 0.7  # by letters: more fields say more

@@ -170,7 +170,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_name: str = "step") -> st
         for line, colour in zip(lines, colours, strict=False)
     )
     legend = " ".join(
-        f'<small><span style="color:{colour}">■</span> {escape(line.name)}</small>'
+        f'<small><span style="color:{colour}">■</span>&nbsp;{escape(line.name)}</small>'
         for line, colour in zip(lines, colours, strict=False)
     )
     return (
