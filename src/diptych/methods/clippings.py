@@ -323,10 +323,10 @@ _FIRST: dict[tuple[object, ...], DualEncoder] = {}
 
 def _first_phase(trial: Trial, source: Listed) -> DualEncoder:
     """Return the model after the first phase; arms of one seed start from the same one, trained once per process. Not to be changed."""
-    recipe = trial.mini("clippings")
+    recipe, source = trial.mini("clippings"), _ungrouped(source)
     key = trial.seed, source.fingerprint, fingerprint(recipe)
     if key not in _FIRST:
-        _FIRST[key] = trial.train(recipe, _ungrouped(source))
+        _FIRST[key] = trial.train(recipe, source)
     return _FIRST[key]
 
 
